@@ -1,0 +1,1 @@
+"""One file a noun or verb of the command line."""

@@ -1,0 +1,1 @@
+"""A deterministic cluster on virtual time: tests, `dtp-tui --demo`."""

@@ -1,0 +1,1 @@
+"""What runs inside a worker; imports nothing of ours from above."""
