@@ -46,7 +46,7 @@ MIGRATIONS = (
 VERSION = len(MIGRATIONS)
 
 
-def open_database(path: Path | None) -> sqlite3.Connection:
+def open_database(path: Path | None, *, busy_s: float = BUSY_S) -> sqlite3.Connection:
     """A connection for one thread at a time; None = in memory. Raises `LedgerError`.
 
     ``synchronous=NORMAL``: a commit is in the operating system's hands when it is acknowledged, so
@@ -57,10 +57,10 @@ def open_database(path: Path | None) -> sqlite3.Connection:
     with explained(path):
         if path is not None:
             _make_private(path)
-            _refuse_newer(path)
-        connection = _connect(path or ":memory:")
+            _refuse_newer(path, busy_s)
+        connection = _connect(path or ":memory:", busy_s)
         try:
-            _prepare(connection, path)
+            _prepare(connection, path, busy_s)
         except BaseException:
             connection.close()
             raise
@@ -95,9 +95,9 @@ def transaction(connection: sqlite3.Connection) -> Iterator[sqlite3.Connection]:
         raise
 
 
-def _connect(target: Path | str, *, uri: bool = False) -> sqlite3.Connection:
+def _connect(target: Path | str, busy_s: float, *, uri: bool = False) -> sqlite3.Connection:
     return sqlite3.connect(
-        target, timeout=BUSY_S, isolation_level=None, check_same_thread=False, uri=uri
+        target, timeout=busy_s, isolation_level=None, check_same_thread=False, uri=uri
     )
 
 
@@ -107,10 +107,11 @@ def _make_private(path: Path) -> None:
     os.close(os.open(path, os.O_RDWR | os.O_CREAT | os.O_CLOEXEC, 0o600))
 
 
-def _refuse_newer(path: Path) -> None:
+def _refuse_newer(path: Path, busy_s: float) -> None:
     """Looked at by a read-only connection: closing one never folds the write-ahead log into the
     file, so that a ledger of a newer version is left byte for byte as it was."""
-    with contextlib.closing(_connect(f"{path.absolute().as_uri()}?mode=ro", uri=True)) as reader:
+    address = f"{path.absolute().as_uri()}?mode=ro"
+    with contextlib.closing(_connect(address, busy_s, uri=True)) as reader:
         version = _version(reader)
         tables = reader.execute("SELECT count(*) FROM sqlite_master").fetchone()[0]
     if version > VERSION:
@@ -126,18 +127,18 @@ def _version(connection: sqlite3.Connection) -> int:
     return int(connection.execute("PRAGMA user_version").fetchone()[0])
 
 
-def _prepare(connection: sqlite3.Connection, path: Path | None) -> None:
+def _prepare(connection: sqlite3.Connection, path: Path | None, busy_s: float) -> None:
     if path is not None:
-        _use_wal(connection, path)
+        _use_wal(connection, path, busy_s)
         connection.execute("PRAGMA synchronous = NORMAL")
         connection.execute("PRAGMA journal_size_limit = 16777216")
     if _version(connection) < VERSION:
         _migrate(connection)
 
 
-def _use_wal(connection: sqlite3.Connection, path: Path) -> None:
+def _use_wal(connection: sqlite3.Connection, path: Path, busy_s: float) -> None:
     """SQLite does not wait for its busy timeout when two connections change the mode at once."""
-    deadline = time.monotonic() + BUSY_S
+    deadline = time.monotonic() + busy_s
     while True:
         try:
             mode = connection.execute("PRAGMA journal_mode = WAL").fetchone()[0]
@@ -170,7 +171,7 @@ def _code(error: sqlite3.Error) -> int:
 def _words(error: sqlite3.Error, path: Path | None) -> str:
     match _code(error):
         case sqlite3.SQLITE_BUSY | sqlite3.SQLITE_LOCKED:
-            return f"the ledger {path} is locked by another process ({BUSY_S:g} s); try again"
+            return f"the ledger {path} is still locked by another process; try again"
         case sqlite3.SQLITE_READONLY | sqlite3.SQLITE_PERM | sqlite3.SQLITE_CANTOPEN:
             return (
                 f"the ledger {path} cannot be written; "

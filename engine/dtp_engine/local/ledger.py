@@ -31,13 +31,14 @@ class LocalLedger:
         self._door = door
 
     @classmethod
-    async def open(cls, path: Path | str) -> LocalLedger:
-        """`path` may be ``:memory:``. Creates and migrates as needed. Raises `LedgerError`."""
+    async def open(cls, path: Path | str, *, busy_s: float = BUSY_S) -> LocalLedger:
+        """`path` may be ``:memory:``. Creates and migrates as needed; `busy_s` is how long a call
+        waits for another process's transaction. Raises `LedgerError`."""
         if str(path) == ":memory:":
             return cls(Records(None), None)
         door = Door("dtp-ledger", deadline_s=ANSWER_WITHIN_S)
         try:
-            records = await _through(door, Path(path), lambda: Records(Path(path)))
+            records = await _through(door, Path(path), lambda: Records(Path(path), busy_s=busy_s))
         except BaseException:
             door.close()
             raise

@@ -15,7 +15,7 @@ import msgspec
 from dtp_engine.errors import LeaseLost, LedgerError
 from dtp_engine.jobs import Attempt, Event, Job, Request
 from dtp_engine.ledger import Change, Lease
-from dtp_engine.local.database import explained, open_database, transaction
+from dtp_engine.local.database import BUSY_S, explained, open_database, transaction
 
 _encode = msgspec.json.Encoder().encode
 _JOB = msgspec.json.Decoder(Job)
@@ -29,10 +29,10 @@ T = TypeVar("T")
 class Records:
     """What `LocalLedger` does, without async: see `dtp_engine.ledger.Ledger` for each method."""
 
-    def __init__(self, path: Path | None) -> None:
+    def __init__(self, path: Path | None, *, busy_s: float = BUSY_S) -> None:
         """None = in memory. Raises `LedgerError`."""
         self.path = path
-        self._db = open_database(path)
+        self._db = open_database(path, busy_s=busy_s)
 
     def close(self) -> None:
         with explained(self.path):
