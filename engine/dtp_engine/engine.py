@@ -2,17 +2,46 @@
 
 from __future__ import annotations
 
+import asyncio
+import base64
+import contextlib
+import hashlib
+import secrets
+import time
 from collections.abc import AsyncIterator, Callable, Sequence
 from dataclasses import dataclass
-from datetime import datetime, timedelta
+from types import TracebackType
+from typing import Self, TypeVar
 
-from dtp_engine.backend import Backend, Capacity, LogLine
-from dtp_engine.clock import Clock
-from dtp_engine.jobs import Attempt, Event, Job, JobSpec, JobState
+from dtp_engine import checkpoints
+from dtp_engine.backend import Backend, Capacity, Cursor, LogLine
+from dtp_engine.backends import Parts, job_storage_uri, open_parts
+from dtp_engine.clock import Clock, RealClock
+from dtp_engine.door import Door
+from dtp_engine.driver import Driver, driver_of, start_controller, stop_controller
+from dtp_engine.errors import InfrastructureError, Refused, UnknownJob, UsageError
+from dtp_engine.jobs import (
+    Attempt,
+    Event,
+    Intent,
+    Job,
+    JobSpec,
+    JobState,
+    Request,
+    RequestKind,
+)
 from dtp_engine.ledger import Ledger
 from dtp_engine.series import MetricHistory
 from dtp_engine.settings import Settings
 from dtp_trainer import wire
+from dtp_trainer.storage import open_storage
+
+T = TypeVar("T")
+
+POLL_S = 0.05
+"""How often a waiting client looks whether the ledger moved."""
+ANSWER_WITHIN_S = 20.0
+"""A controller that starts cold answers in about one second."""
 
 
 @dataclass(frozen=True, slots=True)
@@ -21,73 +50,312 @@ class JobView:
 
     job: Job
     gang: wire.Gang | None
-    """``gang.json`` of the current attempt; None before the first generation, or when it belongs to an older attempt."""
+    """``gang.json`` of the current attempt; None before its first generation."""
     checkpoint: wire.CheckpointEntry | None
-    """The newest committed one."""
-
-
-@dataclass(frozen=True, slots=True)
-class Driver:
-    """Who drives, as the lease says."""
-
-    holder: str | None
-    alive: bool
-    beat_at: datetime | None
-    log: str
-    """Path of its log file."""
+    """The one from which the job would go on."""
 
 
 class Engine:
-    """Open with `Engine.open`; an async context manager."""
+    """Open with `Engine.open`; an async context manager.
+
+    Each method that asks for something returns once the controller answered. Errors: `Refused` with
+    the controller's reason, `UnknownJob`, `InfrastructureError` when nobody answers.
+    """
+
+    def __init__(self, settings: Settings, parts: Parts, clock: Clock) -> None:
+        self.settings = settings
+        self._ledger: Ledger = parts.ledger
+        self._backend: Backend = parts.backend
+        self._clock = clock
+        self._storage = Door("dtp-storage", deadline_s=30)
+        self._started_at = -ANSWER_WITHIN_S
 
     @classmethod
-    async def open(cls, settings: Settings) -> Engine: ...
+    async def open(cls, settings: Settings) -> Self:
+        return cls(settings, await open_parts(settings), RealClock())
 
-    # -- what a client asks for: each returns once the controller answered, or raises Refused with its reason
-    async def submit(self, spec: JobSpec, *, key: str | None = None) -> Job: ...
-    async def pause(self, ref: str) -> Job: ...
-    async def resume(self, ref: str, *, from_step: int | None = None) -> Job: ...
-    async def scale(self, ref: str, workers: int) -> Job: ...
-    async def stop(self, ref: str) -> Job: ...
-    async def kill(self, ref: str) -> Job: ...
+    async def __aenter__(self) -> Self:
+        return self
 
-    # -- what a client reads
+    async def __aexit__(
+        self,
+        kind: type[BaseException] | None,
+        error: BaseException | None,
+        at: TracebackType | None,
+    ) -> None:
+        await self.aclose()
+
+    async def aclose(self) -> None:
+        await self._backend.aclose()
+        await self._ledger.aclose()
+        self._storage.close()
+
+    # ------------------------------------------------------------------------- what a client asks
+
+    async def submit(self, spec: JobSpec, *, key: str | None = None) -> Job:
+        """Record the job as QUEUED and see that somebody drives. The same key twice is one job.
+
+        Raises `UsageError` for a worker that is larger than any machine here.
+        """
+        await self._refuse_what_never_fits(spec)
+        key = key or secrets.token_hex(16)
+        now = self._clock.now()
+        job = Job(
+            id=job_id_of(key),
+            name=spec.name,
+            spec=spec,
+            state=JobState.QUEUED,
+            intent=Intent.RUN,
+            workers=spec.nodes.max,
+            created_at=now,
+            created_by=self.settings.actor,
+        )
+        request = Request(key, RequestKind.SUBMIT, job.id, self.settings.actor, now)
+        stored = await self._ledger.request(request, job=job)
+        await self.ensure_driver()
+        return await self._read(stored.job_id)
+
+    async def pause(self, ref: str) -> Job:
+        return await self._ask(RequestKind.PAUSE, ref)
+
+    async def resume(self, ref: str, *, from_step: int | None = None) -> Job:
+        """From the newest good checkpoint, or from the one of `from_step`."""
+        if from_step is not None:
+            job = await self.find(ref)
+            await self._in_storage(lambda: checkpoints.choose(self._head(job.id), str(from_step)))
+        return await self._ask(RequestKind.RESUME, ref, from_step=from_step)
+
+    async def scale(self, ref: str, workers: int) -> Job:
+        return await self._ask(RequestKind.SCALE, ref, workers=workers)
+
+    async def stop(self, ref: str) -> Job:
+        """Checkpoint, then cancel."""
+        return await self._ask(RequestKind.STOP, ref)
+
+    async def kill(self, ref: str) -> Job:
+        """Cancel at once; steps since the last checkpoint are lost."""
+        return await self._ask(RequestKind.KILL, ref)
+
+    async def pin(self, job_id: str, name_or_step: str, *, pinned: bool) -> wire.CheckpointEntry:
+        storage = open_storage(job_storage_uri(self.settings.home, job_id))
+        return await self._in_storage(lambda: checkpoints.pin(storage, name_or_step, pinned=pinned))
+
+    # ------------------------------------------------------------------------- what a client reads
+
     async def find(self, ref: str) -> Job:
-        """By name (the newest active job of that name, else the newest), or by unique id prefix. Raises UnknownJob."""
+        """By id, by name (the active job of that name, else the newest), or by unique id prefix."""
+        return choose_job(await self._ledger.jobs(), ref)
 
-    async def jobs(self) -> Sequence[JobView]: ...
-    async def job(self, job_id: str) -> JobView: ...
-    async def attempts(self, job_id: str) -> Sequence[Attempt]: ...
-    async def events(self, *, after: int = 0, job_id: str | None = None) -> Sequence[Event]: ...
-    def follow_events(self, *, after: int = 0, job_id: str | None = None) -> AsyncIterator[Event]:
+    async def jobs(self) -> Sequence[JobView]:
+        """Oldest first."""
+        return await self._views(await self._ledger.jobs())
+
+    async def job(self, job_id: str) -> JobView:
+        return (await self._views([await self._read(job_id)]))[0]
+
+    async def attempts(self, job_id: str) -> Sequence[Attempt]:
+        return await self._ledger.attempts([job_id])
+
+    async def events(self, *, after: int = 0, job_id: str | None = None) -> Sequence[Event]:
+        return await self._ledger.events(after=after, job_id=job_id)
+
+    async def follow_events(
+        self, *, after: int = 0, job_id: str | None = None
+    ) -> AsyncIterator[Event]:
         """Never ends by itself."""
+        revision = -1
+        while True:
+            revision = await self._moved(revision)
+            for event in await self.events(after=after, job_id=job_id):
+                after = event.seq
+                yield event
 
-    def watch(self, job_id: str, *, interval_s: float = 0.25) -> AsyncIterator[JobView]:
-        """A view at once, then one whenever it changed; ends after a final or PAUSED state was yielded."""
+    async def watch(self, job_id: str, *, interval_s: float = 0.25) -> AsyncIterator[JobView]:
+        """A view at once, then one whenever it changed; the last one is final or PAUSED.
+
+        Sees to it that somebody drives for as long as the job is active.
+        """
+        seen: JobView | None = None
+        while True:
+            view = await self.job(job_id)
+            if view != seen:
+                seen = view
+                yield view
+            if not view.job.active:
+                return
+            await self.ensure_driver()
+            await self._clock.sleep(interval_s)
 
     async def wait(
         self, job_id: str, *, until: Sequence[JobState] = (), timeout_s: float | None = None
-    ) -> Job: ...
-    def logs(
-        self,
-        job_id: str,
-        *,
-        attempt: int | None = None,
-        follow: bool = False,
+    ) -> Job:
+        """Until the job is in one of these states, or (always) no longer active. `TimeoutError`."""
+        async with asyncio.timeout(timeout_s):
+            async for view in self.watch(job_id, interval_s=POLL_S):
+                if view.job.state in until:
+                    return view.job
+        return await self._read(job_id)
+
+    async def logs(
+        self, job_id: str, *, attempt: int | None = None, follow: bool = False
     ) -> AsyncIterator[tuple[int, LogLine]]:
-        """(attempt, line) of all attempts (or of one), records and text; with `follow`, on through new attempts."""
+        """(attempt, line) of all attempts or of one, records and text, oldest attempt first.
 
-    async def metrics(self, job_id: str) -> MetricHistory: ...
-    async def checkpoints(self, job_id: str) -> Sequence[wire.CheckpointEntry]: ...
-    async def pin(
-        self, job_id: str, name_or_step: str, *, pinned: bool = True
-    ) -> wire.CheckpointEntry: ...
-    async def capacity(self) -> Capacity: ...
+        With `follow` it goes on through new attempts and ends when the job is no longer active.
+        """
+        cursors: dict[int, dict[int, str]] = {}
+        while True:
+            active = (await self._read(job_id)).active
+            for one in await self.attempts(job_id):
+                if attempt in (None, one.number):
+                    after = cursors.setdefault(one.number, {})
+                    async for line in self._new_lines(one, after):
+                        yield one.number, line
+            if not (follow and active):
+                return
+            await self._clock.sleep(2 * POLL_S)
 
-    # -- who drives
-    async def driver(self) -> Driver: ...
+    async def metrics(self, job_id: str) -> MetricHistory:
+        history = MetricHistory()
+        async for attempt, line in self.logs(job_id):
+            if line.record is not None:
+                history.add(attempt, line.record)
+        return history
+
+    async def checkpoints(self, job_id: str) -> Sequence[wire.CheckpointEntry]:
+        """Oldest first."""
+        return (await self._in_storage(lambda: self._head(job_id))).entries
+
+    async def capacity(self) -> Capacity:
+        return await self._backend.capacity()
+
+    # ------------------------------------------------------------------------------- who drives
+
+    async def driver(self) -> Driver:
+        return driver_of(await self._ledger.lease(), self.settings)
+
     async def ensure_driver(self) -> None:
-        """Start the background controller unless one is alive."""
+        """Start the background controller unless one is alive, or was started a moment ago."""
+        if (await self.driver()).alive or time.monotonic() - self._started_at < 5:
+            return
+        start_controller(self.settings)
+        self._started_at = time.monotonic()
 
-    async def stop_driver(self) -> bool: ...
-    async def aclose(self) -> None: ...
+    async def stop_driver(self) -> bool:
+        """False when there was none. Jobs train on without it."""
+        return stop_controller(await self.driver())
+
+    # ---------------------------------------------------------------------------------- inside
+
+    async def _ask(
+        self,
+        kind: RequestKind,
+        ref: str,
+        *,
+        workers: int | None = None,
+        from_step: int | None = None,
+    ) -> Job:
+        job = await self.find(ref)
+        key = secrets.token_hex(16)
+        request = Request(
+            key, kind, job.id, self.settings.actor, self._clock.now(), workers, from_step
+        )
+        await self._ledger.request(request)
+        answered = await self._answer(key)
+        if answered.refusal is not None:
+            raise Refused(answered.refusal)
+        return await self._read(job.id)
+
+    async def _answer(self, key: str) -> Request:
+        revision = -1
+        with contextlib.suppress(TimeoutError):
+            async with asyncio.timeout(ANSWER_WITHIN_S):
+                while True:
+                    await self.ensure_driver()
+                    revision = await self._moved(revision, give_up_s=5)
+                    request = await self._ledger.read_request(key)
+                    if request is not None and request.answered_at is not None:
+                        return request
+        driver = await self.driver()
+        raise InfrastructureError(
+            f"the request is recorded, but no controller answered in {ANSWER_WITHIN_S:g} s; "
+            f"see {driver.log}, or run one here: dtp controller run"
+        )
+
+    async def _moved(self, revision: int, *, give_up_s: float = float("inf")) -> int:
+        """Return the ledger's revision once it differs from `revision`."""
+        deadline = time.monotonic() + give_up_s
+        while (now := await self._ledger.revision()) == revision and time.monotonic() < deadline:
+            await self._clock.sleep(POLL_S)
+        return now
+
+    async def _read(self, job_id: str) -> Job:
+        job = await self._ledger.job(job_id)
+        if job is None:
+            raise UnknownJob(f"no job {job_id}; `dtp ps` lists them")
+        return job
+
+    async def _views(self, jobs: Sequence[Job]) -> list[JobView]:
+        return await self._in_storage(lambda: [self._view(job) for job in jobs])
+
+    def _view(self, job: Job) -> JobView:
+        if job.attempt == 0:
+            return JobView(job, None, None)
+        storage = open_storage(job_storage_uri(self.settings.home, job.id))
+        gang = checkpoints.read_gang(storage, job.attempt)
+        return JobView(job, gang, checkpoints.newest(self._head(job.id)))
+
+    def _head(self, job_id: str) -> wire.CheckpointHead:
+        return checkpoints.read_head(open_storage(job_storage_uri(self.settings.home, job_id)))
+
+    async def _in_storage(self, read: Callable[[], T]) -> T:
+        return await self._storage.run(read)
+
+    async def _new_lines(self, attempt: Attempt, after: dict[int, str]) -> AsyncIterator[LogLine]:
+        """Lines after the cursors, which move along."""
+        start: Cursor = dict(after)
+        async for line in self._backend.logs(attempt.id, after=start):
+            after[line.worker] = line.cursor
+            yield line
+
+    async def _refuse_what_never_fits(self, spec: JobSpec) -> None:
+        largest, asked = (await self._backend.capacity()).largest, spec.resources
+        for name, wanted, most in (
+            ("CPUs", asked.cpus, largest.cpus),
+            ("GPUs", asked.gpus, largest.gpus),
+            ("bytes of memory", asked.memory_bytes or 0, largest.memory_bytes or 0),
+        ):
+            if wanted > most:
+                raise UsageError(
+                    f"{spec.name}: a worker asks for {wanted:g} {name}, "
+                    f"the largest machine has {most:g}; lower `resources`"
+                )
+
+
+def job_id_of(key: str) -> str:
+    """Eight characters, the first a letter, the same for the same idempotency key.
+
+    >>> job_id_of("nightly-2026-11-23") == job_id_of("nightly-2026-11-23")
+    True
+    """
+    text = base64.b32encode(hashlib.sha256(key.encode()).digest()).decode().lower()
+    return next(text[i : i + 8] for i in range(len(text)) if text[i].isalpha())
+
+
+def choose_job(jobs: Sequence[Job], ref: str) -> Job:
+    """The job that `ref` names. Raises `UnknownJob` that says what to type instead."""
+    named = [job for job in jobs if job.name == ref]
+    active = [job for job in named if not job.state.final]
+    if len(active) > 1:
+        ids = ", ".join(job.id for job in active)
+        raise UnknownJob(f'{len(active)} jobs named "{ref}" are alive; name one by its id: {ids}')
+    if named:
+        return (active or named)[-1]
+    found = [job for job in jobs if job.id.startswith(ref)] if ref else []
+    exact = [job for job in found if job.id == ref]
+    if len(exact or found) == 1:
+        return (exact or found)[0]
+    if found:
+        ids = ", ".join(job.id for job in found)
+        raise UnknownJob(f'"{ref}" is the beginning of several ids: {ids}')
+    raise UnknownJob(f'no job "{ref}"; `dtp ps` lists them')

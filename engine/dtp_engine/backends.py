@@ -1,0 +1,38 @@
+"""name → backend, ledger and storage, imported when asked for."""
+
+from __future__ import annotations
+
+from dataclasses import dataclass
+from pathlib import Path
+
+from dtp_engine.backend import Backend
+from dtp_engine.errors import UsageError
+from dtp_engine.ledger import Ledger
+from dtp_engine.settings import Settings
+
+LEDGER_FILE = "ledger.db"
+
+
+@dataclass(frozen=True, slots=True)
+class Parts:
+    """What an engine or a controller stands on; the holder closes both."""
+
+    ledger: Ledger
+    backend: Backend
+
+
+async def open_parts(settings: Settings) -> Parts:
+    """Raises `UsageError` for a name that is none, `LedgerError` when the state cannot be
+    opened."""
+    if settings.backend != "local":
+        raise UsageError(f'no backend "{settings.backend}"; this version has: local')
+    from dtp_engine.local.backend import LocalBackend  # noqa: PLC0415 - only when asked for
+    from dtp_engine.local.ledger import LocalLedger  # noqa: PLC0415
+
+    ledger = await LocalLedger.open(settings.home / LEDGER_FILE)
+    return Parts(ledger, LocalBackend(settings))
+
+
+def job_storage_uri(home: Path, job_id: str) -> str:
+    """``jobs/<id>/`` in the storage of this machine."""
+    return (home / "storage" / "jobs" / job_id).as_uri()

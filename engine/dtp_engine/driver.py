@@ -1,0 +1,88 @@
+"""Who drives: the holder of the lease, and the background controller that the first client
+starts."""
+
+from __future__ import annotations
+
+import os
+import signal
+import socket
+import subprocess
+import sys
+from dataclasses import dataclass
+from datetime import datetime
+from pathlib import Path
+
+import psutil
+
+from dtp_engine.errors import InfrastructureError
+from dtp_engine.ledger import Lease
+from dtp_engine.settings import Settings
+
+LOG_FILE = "controller.log"
+
+
+@dataclass(frozen=True, slots=True)
+class Driver:
+    """Who drives, as the lease says."""
+
+    holder: str | None
+    """``host:pid:start-time``; None when nobody does."""
+    alive: bool
+    """False as well for a holder on another machine that only its lease can speak for."""
+    beat_at: datetime | None
+    log: Path
+
+
+def holder_name(pid: int) -> str:
+    """``host:pid:start-time`` of a process on this machine; a reused pid makes another name."""
+    started = psutil.Process(pid).create_time()
+    return f"{socket.gethostname()}:{pid}:{started:.2f}"
+
+
+def pid_of(holder: str) -> int | None:
+    """The pid of a holder on this machine that is alive; None for any other."""
+    host, pid, _ = holder.rsplit(":", 2)
+    if host != socket.gethostname():
+        return None
+    try:
+        return int(pid) if holder_name(int(pid)) == holder else None
+    except (psutil.Error, ValueError):
+        return None
+
+
+def driver_of(lease: Lease | None, settings: Settings) -> Driver:
+    log = settings.home / LOG_FILE
+    if lease is None or not lease.holder:
+        return Driver(None, alive=False, beat_at=None, log=log)
+    return Driver(lease.holder, pid_of(lease.holder) is not None, lease.at, log)
+
+
+def start_controller(settings: Settings) -> int:
+    """Start the background controller; the pid. It leaves at once when another one holds the lease.
+
+    It gets a session of its own, so that neither a closed terminal nor Ctrl-C reaches it.
+    """
+    log = settings.home / LOG_FILE
+    try:
+        with log.open("ab") as out:
+            process = subprocess.Popen(
+                [sys.executable, "-P", "-m", "dtp_engine.controller"],
+                stdin=subprocess.DEVNULL,
+                stdout=out,
+                stderr=out,
+                cwd="/",
+                env={**os.environ, "DTP_HOME": str(settings.home)},
+                start_new_session=True,
+            )
+    except OSError as error:
+        raise InfrastructureError(f"cannot start the controller: {error}; see {log}") from error
+    return process.pid
+
+
+def stop_controller(driver: Driver) -> bool:
+    """Ask the controller of this machine to leave; jobs train on. False when there is none."""
+    pid = pid_of(driver.holder) if driver.holder else None
+    if pid is None:
+        return False
+    os.kill(pid, signal.SIGTERM)
+    return True
