@@ -40,7 +40,8 @@ class Gang:
 
     `workers` holds those that the platform knows; a worker that was never launched is absent.
     `status` is the newest ``gang.json`` of this attempt, None before the first or when it could
-    not be read.
+    not be read. It is read after the workers were looked at, so that of a gang whose workers have
+    all exited it holds the last word.
     """
 
     at: datetime
@@ -96,6 +97,8 @@ class Capacity:
     free_gpus: int
     largest: Resources
     """The most one worker could ever get here; a job that asks for more is refused at submit."""
+    can_grow: bool = False
+    """More machines may come after `Backend.provision`."""
 
     def fits(self, resources: Resources, workers: int) -> bool:
         return (

@@ -5,6 +5,7 @@ from __future__ import annotations
 import asyncio
 import heapq
 import itertools
+import time
 from datetime import UTC, datetime, timedelta
 from typing import Protocol
 
@@ -14,12 +15,19 @@ class Clock(Protocol):
         """Aware, UTC."""
         ...
 
+    def monotonic(self) -> float:
+        """Seconds since some moment; what elapses is measured with it, as `now` may be set back."""
+        ...
+
     async def sleep(self, seconds: float) -> None: ...
 
 
 class RealClock:
     def now(self) -> datetime:
         return datetime.now(UTC)
+
+    def monotonic(self) -> float:
+        return time.monotonic()
 
     async def sleep(self, seconds: float) -> None:
         await asyncio.sleep(seconds)
@@ -35,6 +43,9 @@ class VirtualClock:
 
     def now(self) -> datetime:
         return self._now
+
+    def monotonic(self) -> float:
+        return self._now.timestamp()
 
     async def sleep(self, seconds: float) -> None:
         woken: asyncio.Future[None] = asyncio.get_running_loop().create_future()
