@@ -14,6 +14,7 @@ from enum import StrEnum
 from typing import assert_never
 
 from dtp_engine.jobs import Intent, Job, JobState, Reason
+from dtp_engine.quantities import write_duration
 from dtp_trainer import wire
 
 UNKNOWN = "—"
@@ -159,18 +160,12 @@ def duration(seconds: float) -> str:
 
 
 def span(value: timedelta) -> str:
-    """As a job file writes it, and exact to the millisecond: ``1h30m``, ``90s`` becomes ``1m30s``.
+    """As a job file writes it, exact: ``1h30m``.
 
     >>> span(timedelta(minutes=90))
     '1h30m'
     """
-    milliseconds = round(value.total_seconds() * 1000)
-    parts: list[str] = []
-    for size, unit in ((86_400_000, "d"), (3_600_000, "h"), (60_000, "m"), (1000, "s"), (1, "ms")):
-        amount, milliseconds = divmod(milliseconds, size)
-        if amount:
-            parts.append(f"{amount}{unit}")
-    return "".join(parts) or "0s"
+    return write_duration(value)
 
 
 def age(at: datetime | float | None, now: datetime) -> str:
