@@ -150,6 +150,26 @@ class Launch(_Json):
     """How long a warm process waits for the next job before it leaves."""
 
 
+CLAIM_FILE = "claim"
+"""Beside the launch file: a `ProcessRecord`, made once (O_EXCL) by the process that is this worker
+from then on."""
+EXIT_FILE = "exit.json"
+"""Beside the launch file: an `Exit`, written atomically as the worker's last act."""
+RANKS_FOLDER = "ranks"
+"""In `Launch.scratch`: one `ProcessRecord` a started rank, ``<anything>.json``; its process group
+has the same number."""
+
+
+@dataclasses.dataclass(frozen=True, slots=True)
+class ProcessRecord(_Json):
+    """A process, told from a later one that got the same number."""
+
+    pid: int
+    """0 in a claim: nobody; the worker was stopped before it began."""
+    start_time: float
+    """Unix time in seconds, equal to `psutil.Process(pid).create_time()`."""
+
+
 # ------------------------------------------------------------------------------- lines of a worker
 
 
@@ -454,7 +474,7 @@ class CheckpointHead(_Json):
     """Oldest first, in the order of their commits."""
 
 
-def encode_object(value: Launch | Gang | CheckpointHead) -> bytes:
+def encode_object(value: Launch | Gang | CheckpointHead | ProcessRecord | Exit) -> bytes:
     return (json.dumps(value.to_dict(), indent=1) + "\n").encode()
 
 
