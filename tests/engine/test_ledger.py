@@ -309,10 +309,10 @@ async def test_failed_migration_leaves_the_older_ledger(
     """When one step fails none is taken."""
     path = tmp_path / "ledger.db"
     await (await LocalLedger.open(path)).aclose()
-    steps = ("ALTER TABLE jobs ADD COLUMN one", "ALTER TABLE nothing ADD COLUMN two")
+    steps = ("ALTER TABLE jobs ADD COLUMN one", "ALTER TABLE absent ADD COLUMN two")
     monkeypatch.setattr(database, "MIGRATIONS", (*database.MIGRATIONS, *steps))
     monkeypatch.setattr(database, "VERSION", VERSION + 2)
-    with pytest.raises(LedgerError, match="no such table: nothing"):
+    with pytest.raises(LedgerError, match="no such table: absent"):
         await LocalLedger.open(path)
     assert user_version(path) == VERSION
 
