@@ -1,0 +1,133 @@
+"""A whole dtp in a folder of its own: real commands, real controller, real workers; nothing is
+left behind."""
+
+import contextlib
+import json
+import os
+import signal
+import subprocess
+import sys
+import time
+from collections.abc import Callable, Iterator
+from pathlib import Path
+from typing import Any
+
+import psutil
+import pytest
+
+BIN = Path(sys.executable).parent
+ROOT = Path(__file__).parents[2]
+
+
+class Dtp:
+    """The `dtp` command over one state folder."""
+
+    def __init__(self, home: Path) -> None:
+        self.home = home
+        self.env = {
+            **os.environ,
+            "DTP_HOME": str(home),
+            "DTP_CONTROLLER_IDLE": "60",
+            "DTP_ZYGOTE_IDLE": "60",
+            "COLUMNS": "80",
+        }
+
+    def start(self, *args: object, **options: Any) -> subprocess.Popen[str]:
+        command = [str(BIN / "dtp"), *map(str, args)]
+        return subprocess.Popen(
+            command,
+            env=self.env,
+            text=True,
+            stdin=subprocess.DEVNULL,
+            stdout=subprocess.PIPE,
+            stderr=subprocess.PIPE,
+            **options,
+        )
+
+    def run(self, *args: object, code: int | None = 0, timeout: float = 90) -> str:
+        """Stdout of a command that exits with `code` (None: any)."""
+        process = self.start(*args)
+        try:
+            out, err = process.communicate(timeout=timeout)
+        except subprocess.TimeoutExpired:
+            process.kill()
+            pytest.fail(f"dtp {args} did not end in {timeout} s\n{process.communicate()}")
+        self.stderr = err
+        if code is not None and process.returncode != code:
+            pytest.fail(f"dtp {args}: exit {process.returncode}, not {code}\n{out}\n{err}")
+        return out
+
+    def rows(self, *args: object, **options: Any) -> list[dict[str, Any]]:
+        """The JSON objects that a command prints, one a line and nothing else."""
+        return [json.loads(line) for line in self.run(*args, "--json", **options).splitlines()]
+
+    def job(self, ref: str) -> dict[str, Any]:
+        return self.rows("show", ref)[0]
+
+    def until(self, ready: Callable[[], Any], what: str, timeout: float = 60) -> Any:
+        """The first truthy answer of `ready`."""
+        deadline = time.monotonic() + timeout
+        while time.monotonic() < deadline:
+            if found := ready():
+                return found
+            time.sleep(0.05)
+        pytest.fail(f"{what}: not within {timeout} s; ps: {self.run('ps', '--json', code=None)}")
+
+    def processes(self) -> list[psutil.Process]:
+        """Everything that runs for this state folder."""
+        return [p for p in psutil.process_iter() if self._ours(p)]
+
+    def _ours(self, process: psutil.Process) -> bool:
+        try:
+            if process.pid == os.getpid() or process.status() == psutil.STATUS_ZOMBIE:
+                return False
+            return process.environ().get("DTP_HOME") == str(self.home)
+        except psutil.Error:
+            return False
+
+    def kinds(self) -> dict[str, list[psutil.Process]]:
+        """Processes of this state folder by what they are: controller, agent, zygote, rank,
+        client."""
+        found: dict[str, list[psutil.Process]] = {
+            kind: [] for kind in ("controller", "agent", "zygote", "rank", "client")
+        }
+        for process in self.processes():
+            with contextlib.suppress(psutil.Error):
+                found[_kind(process)].append(process)
+        return found
+
+
+def _kind(process: psutil.Process) -> str:
+    if process.name().startswith("dtp:rank"):
+        return "rank"
+    line = " ".join(process.cmdline())
+    named = [k for k in ("controller", "agent", "zygote") if f"dtp_engine.{k}" in line]
+    named += [k for k in ("agent", "zygote") if f"dtp_trainer.{k}" in line]
+    return named[0] if named else "client" if "/dtp" in line else "rank"
+
+
+@pytest.fixture
+def dtp(tmp_path: Path) -> Iterator[Dtp]:
+    dtp = Dtp(tmp_path / "home")
+    yield dtp
+    left = dtp.processes()
+    for process in left:
+        with contextlib.suppress(psutil.Error):
+            process.send_signal(signal.SIGKILL)
+    psutil.wait_procs(left, timeout=10)
+
+
+@pytest.fixture
+def job_file(tmp_path: Path) -> Callable[..., Path]:
+    """Write a script and a job file that runs it."""
+
+    def write(script: str, name: str = "job", **fields: Any) -> Path:
+        folder = tmp_path / name
+        folder.mkdir(exist_ok=True)
+        (folder / "train.py").write_text(script)
+        spec = {"name": name, "run": "python train.py", "workdir": str(folder), **fields}
+        path = folder / f"{name}.yaml"
+        path.write_text("".join(f"{k}: {json.dumps(v)}\n" for k, v in spec.items()))
+        return path
+
+    return write

@@ -1,0 +1,84 @@
+"""What a job learns does not depend on how often it was interrupted."""
+
+import json
+from collections import Counter
+from collections.abc import Callable
+from pathlib import Path
+from typing import Any
+
+import pytest
+
+SCRIPT = (Path(__file__).parent / "scripts" / "exact.py").read_text()
+EPOCHS, STEPS_AN_EPOCH, SAMPLES = 6, 20, 480
+TOTAL = EPOCHS * STEPS_AN_EPOCH
+
+pytestmark = pytest.mark.timeout(300)
+
+
+def notes(folder: Path) -> dict[int, dict[int, tuple[str, tuple[int, ...]]]]:
+    """Step → rank → (loss, sample ids) of its last, that is kept, execution."""
+    found: dict[int, dict[int, tuple[str, tuple[int, ...]]]] = {}
+    for path in folder.glob("rank*.txt"):
+        for line in path.read_text().splitlines():
+            step, loss, *ids = line.split()
+            rank = int(path.stem.removeprefix("rank"))
+            found.setdefault(int(step), {})[rank] = (loss, tuple(map(int, ids)))
+    return found
+
+
+def submit(
+    dtp: Any, job_file: Callable[..., Path], name: str, pace: float, **fields: Any
+) -> tuple[str, Path]:
+    """Start the job detached; its name and the folder of its notes."""
+    path = job_file(SCRIPT, name, nodes="1..3", resources={"cpus": 0.5}, **fields)
+    folder = path.parent / "notes"
+    folder.mkdir()
+    env = {"NOTES": str(folder), "EPOCHS": str(EPOCHS), "PACE": str(pace)}
+    path.write_text(path.read_text() + f"env: {json.dumps(env)}\n")
+    dtp.run("run", "--detach", path)
+    return name, folder
+
+
+def past(dtp: Any, name: str, step: int) -> Callable[[], bool]:
+    return lambda: (dtp.job(name).get("step") or 0) >= step
+
+
+def test_three_pauses_leave_the_loss_curve_as_it_was(
+    dtp: Any, job_file: Callable[..., Path]
+) -> None:
+    """At the same world size every loss is identical to the bit, dropout included."""
+    plain, plain_notes = submit(dtp, job_file, "plain", 0.0)
+    dtp.run("wait", plain)
+    broken, broken_notes = submit(dtp, job_file, "broken", 0.02)
+    for step in (20, 50, 80):
+        dtp.until(past(dtp, broken, step), f"step {step}")
+        dtp.run("pause", broken)
+        dtp.run("wait", broken, "--until", "PAUSED")
+        dtp.run("resume", broken)
+    dtp.run("wait", broken)
+    assert notes(broken_notes) == notes(plain_notes)
+    assert sorted(notes(plain_notes)) == list(range(1, TOTAL + 1))
+
+
+def test_every_sample_comes_once_an_epoch_at_any_number_of_workers(
+    dtp: Any, job_file: Callable[..., Path]
+) -> None:
+    """3 → 1 → 2 workers go on in the middle of an epoch with the same global batches."""
+    plain, plain_notes = submit(dtp, job_file, "plain", 0.0)
+    dtp.run("wait", plain)
+    scaled, scaled_notes = submit(dtp, job_file, "scaled", 0.02)
+    for step, workers in ((25, 1), (70, 2)):
+        dtp.until(past(dtp, scaled, step), f"step {step}")
+        dtp.run("scale", scaled, workers)
+    dtp.run("wait", scaled)
+    whole, pieces = notes(plain_notes), notes(scaled_notes)
+    for step in range(1, TOTAL + 1):
+        assert batch(pieces[step]) == batch(whole[step]), f"step {step}"
+    for epoch in range(EPOCHS):
+        steps = range(1 + epoch * STEPS_AN_EPOCH, 1 + (epoch + 1) * STEPS_AN_EPOCH)
+        seen = Counter(sample for step in steps for sample in batch(pieces[step]))
+        assert seen == Counter(range(SAMPLES))
+
+
+def batch(ranks: dict[int, tuple[str, tuple[int, ...]]]) -> list[int]:
+    return sorted(sample for _, ids in ranks.values() for sample in ids)
