@@ -62,7 +62,7 @@ class Checkpointer:
     `on_report` is called on the writing thread, once a save.
     """
 
-    def __init__(  # noqa: PLR0913
+    def __init__(
         self,
         storage: Storage,
         *,
@@ -91,7 +91,7 @@ class Checkpointer:
         than the others. Optional."""
         raise NotImplementedError
 
-    def save(  # noqa: PLR0913
+    def save(
         self,
         state: StateBundle,
         *,
