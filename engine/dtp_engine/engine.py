@@ -34,7 +34,7 @@ from dtp_engine.ledger import Ledger
 from dtp_engine.series import MetricHistory
 from dtp_engine.settings import Settings
 from dtp_trainer import wire
-from dtp_trainer.storage import open_storage
+from dtp_trainer.storage import Storage, open_storage
 
 T = TypeVar("T")
 
@@ -121,8 +121,8 @@ class Engine:
     async def resume(self, ref: str, *, from_step: int | None = None) -> Job:
         """From the newest good checkpoint, or from the one of `from_step`."""
         if from_step is not None:
-            job = await self.find(ref)
-            await self._in_storage(lambda: checkpoints.choose(self._head(job.id), str(from_step)))
+            storage = self._job_storage((await self.find(ref)).id)
+            await self._in_storage(lambda: checkpoints.find(storage, str(from_step)))
         return await self._ask(RequestKind.RESUME, ref, from_step=from_step)
 
     async def scale(self, ref: str, workers: int) -> Job:
@@ -137,7 +137,7 @@ class Engine:
         return await self._ask(RequestKind.KILL, ref)
 
     async def pin(self, job_id: str, name_or_step: str, *, pinned: bool) -> wire.CheckpointEntry:
-        storage = open_storage(job_storage_uri(self.settings.home, job_id))
+        storage = self._job_storage(job_id)
         return await self._in_storage(lambda: checkpoints.pin(storage, name_or_step, pinned=pinned))
 
     # ------------------------------------------------------------------------- what a client reads
@@ -224,7 +224,7 @@ class Engine:
 
     async def checkpoints(self, job_id: str) -> Sequence[wire.CheckpointEntry]:
         """Oldest first."""
-        return (await self._in_storage(lambda: self._head(job_id))).entries
+        return await self._in_storage(lambda: checkpoints.entries(self._job_storage(job_id)))
 
     async def capacity(self) -> Capacity:
         return await self._backend.capacity()
@@ -301,12 +301,11 @@ class Engine:
     def _view(self, job: Job) -> JobView:
         if job.attempt == 0:
             return JobView(job, None, None)
-        storage = open_storage(job_storage_uri(self.settings.home, job.id))
-        gang = checkpoints.read_gang(storage, job.attempt)
-        return JobView(job, gang, checkpoints.newest(self._head(job.id)))
+        storage = self._job_storage(job.id)
+        return JobView(job, checkpoints.gang(storage, job.attempt), checkpoints.newest(storage))
 
-    def _head(self, job_id: str) -> wire.CheckpointHead:
-        return checkpoints.read_head(open_storage(job_storage_uri(self.settings.home, job_id)))
+    def _job_storage(self, job_id: str) -> Storage:
+        return open_storage(job_storage_uri(self.settings.home, job_id))
 
     async def _in_storage(self, read: Callable[[], T]) -> T:
         return await self._storage.run(read)

@@ -1,4 +1,4 @@
-"""kill -9 of anything at any moment: the job finishes with the right loss, and nothing is left behind.
+"""kill -9 of anything at any moment: the job ends with the right loss, and nothing is left.
 
 `DTP_TEST_KILLS=30 pytest tests/e2e/test_chaos.py` is the long form.
 """
@@ -66,7 +66,7 @@ def test_a_killed_part_costs_time_and_nothing_else(
     rough = submit(dtp, job_file, "rough", 0.015)
     clock, hits = random.Random(target), 0
     watcher = dtp.start("wait", "rough")
-    while hits < KILLS and not dtp.job("rough")["state"] == "SUCCEEDED":
+    while hits < KILLS and dtp.job("rough")["state"] != "SUCCEEDED":
         time.sleep(clock.uniform(0.1, 1.5))
         for process in victims(dtp, target):
             with contextlib.suppress(psutil.NoSuchProcess):
