@@ -1,0 +1,92 @@
+"""Log files of workers, read as they grow: whole lines, with the byte offset behind each as its
+cursor. Blocking."""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Iterator
+from dataclasses import dataclass, field
+from itertools import islice
+from pathlib import Path
+
+from dtp_engine import logs
+from dtp_engine.backend import LogLine
+from dtp_engine.local.folders import WorkerFolder
+from dtp_trainer import wire
+
+_CHUNK_BYTES = 1 << 18
+_LINE_BYTES = 1 << 24
+"""A line that is longer is cut, so that a worker that writes none costs bounded memory."""
+
+
+@dataclass(slots=True)
+class Tail:
+    """One worker's log file, from an offset on."""
+
+    worker: int
+    path: Path
+    offset: int = 0
+    """Behind the last line that was taken."""
+    at: float | None = None
+    """Time of the last line that had one, for those without."""
+
+    def lines(self) -> Iterator[LogLine]:
+        """The whole lines that are there now. A file that became shorter is read from its start."""
+        try:
+            file = self.path.open("rb")
+        except FileNotFoundError:
+            return
+        with file:
+            size = file.seek(0, 2)
+            if size < self.offset:
+                self.offset = 0
+            file.seek(self.offset)
+            rest = b""
+            while self.offset + len(rest) < size:
+                chunk = file.read(min(_CHUNK_BYTES, size - self.offset - len(rest)))
+                if not chunk:
+                    return
+                *whole, rest = (rest + chunk).split(b"\n")
+                for raw in whole:
+                    yield self._line(raw, len(raw) + 1)
+                if len(rest) > _LINE_BYTES:
+                    yield self._line(rest, len(rest))
+                    rest = b""
+
+    def _line(self, raw: bytes, length: int) -> LogLine:
+        self.offset += length
+        text = raw.decode(errors="replace").removesuffix("\r")
+        parsed = wire.parse(text)
+        if parsed is None:
+            if self.at is None:
+                self.at = self.path.stat().st_mtime
+            parsed = wire.Text(self.at, f"worker{self.worker}", "err", text)
+        self.at = parsed.at
+        cursor = str(self.offset)
+        if isinstance(parsed, wire.Text):
+            return LogLine(self.worker, cursor, parsed, None)
+        return LogLine(self.worker, cursor, None, parsed)
+
+
+@dataclass(slots=True)
+class Feed:
+    """The logs of an attempt's workers as one, in the order of time; more workers may come."""
+
+    workers: Callable[[], list[WorkerFolder]]
+    offsets: dict[int, int] = field(default_factory=dict)
+    _tails: dict[int, Tail] = field(default_factory=dict)
+    _round: Iterator[LogLine] = field(default_factory=lambda: iter(()))
+
+    def read(self, limit: int) -> list[LogLine]:
+        """The next lines, at most `limit`; none when what exists was read. Raises `OSError`."""
+        lines = list(islice(self._round, limit))
+        if not lines:
+            self._round = logs.merge(tail.lines() for tail in self._find_tails())
+            lines = list(islice(self._round, limit))
+        return lines
+
+    def _find_tails(self) -> list[Tail]:
+        for folder in self.workers():
+            if folder.worker not in self._tails:
+                offset = self.offsets.get(folder.worker, 0)
+                self._tails[folder.worker] = Tail(folder.worker, folder.log, offset)
+        return list(self._tails.values())
