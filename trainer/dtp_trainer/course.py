@@ -1,0 +1,43 @@
+"""The way through the data: how many steps there are, and which of them end an epoch."""
+
+from __future__ import annotations
+
+from collections.abc import Iterator
+from dataclasses import dataclass
+
+from dtp_trainer.sampler import Indices, Lanes
+
+
+@dataclass(frozen=True, slots=True)
+class Course:
+    """All steps of a job, over all attempts and at any world size."""
+
+    lanes: Lanes
+    total_steps: int
+
+    def epoch(self, step: int) -> float:
+        """Epochs that `step` steps are worth."""
+        return step / self.lanes.steps_per_epoch
+
+    def ends_epoch(self, step: int) -> bool:
+        return step % self.lanes.steps_per_epoch == 0
+
+    def indices(self, after: int, rank: int, world_size: int) -> Iterator[Indices]:
+        """The samples of one rank for each step that is left `after` so many."""
+        for step in range(after, self.total_steps):
+            at = self.lanes.at_step(step)
+            yield self.lanes.indices(at.epoch, at.step, rank, world_size)
+
+    def state(self, step: int) -> dict[str, int]:
+        """What a checkpoint keeps of the data."""
+        return self.lanes.state(self.lanes.at_step(step))
+
+
+def plan(lanes: Lanes, epochs: int | None, steps: int | None) -> Course:
+    """Raises ValueError when neither is given."""
+    ends = [steps] if steps is not None else []
+    if epochs is not None:
+        ends.append(epochs * lanes.steps_per_epoch)
+    if not ends:
+        raise ValueError("batches() needs epochs, or steps, or both: then the shorter one ends it")
+    return Course(lanes, min(ends))

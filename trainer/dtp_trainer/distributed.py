@@ -1,0 +1,113 @@
+"""The process group: joined when the environment names one, with a gloo group for agreement."""
+
+from __future__ import annotations
+
+import os
+from dataclasses import dataclass
+from datetime import timedelta
+
+import torch
+import torch.distributed as dist
+from torch import Tensor
+from torch.distributed.distributed_c10d import PrefixStore
+from torch.distributed.rendezvous import rendezvous
+
+JOIN_WITHIN = timedelta(seconds=60)
+_GROUP_VARIABLES = ("RANK", "WORLD_SIZE", "MASTER_ADDR", "MASTER_PORT")
+
+
+@dataclass(frozen=True, slots=True)
+class World:
+    """This rank among the ranks. One rank of one when there is no process group."""
+
+    rank: int
+    size: int
+    device: torch.device
+    agreement: dist.ProcessGroup | None
+    """For small CPU tensors, beside the group that carries gradients: a collective of ours never
+    queues behind, or pairs with, one of the script's. None for a single rank."""
+    joined_here: bool
+    """This process group was made by `join`, so `leave` ends it."""
+
+    def maximum(self, values: list[int]) -> list[int]:
+        """Element-wise over all ranks; a collective."""
+        if self.agreement is None:
+            return values
+        vector = torch.tensor(values, dtype=torch.int64)
+        dist.all_reduce(vector, op=dist.ReduceOp.MAX, group=self.agreement)
+        return [int(value) for value in vector.tolist()]
+
+    def sum(self, values: Tensor) -> Tensor:
+        """Over all ranks, on the CPU; a collective."""
+        total = values.detach().cpu().clone()
+        if self.agreement is not None:
+            dist.all_reduce(total, group=self.agreement)
+        return total
+
+    def of_first(self, values: Tensor) -> Tensor:
+        """Rank 0's, on the CPU, of one dimension; a collective."""
+        copy = values.detach().cpu().clone()
+        if self.agreement is not None:
+            dist.broadcast(copy.view(torch.uint8), src=0, group=self.agreement)
+        return copy
+
+    def told_by_first(self, text: str) -> str:
+        """Rank 0's; a collective."""
+        told = [text]
+        if self.agreement is not None:
+            dist.broadcast_object_list(told, src=0, group=self.agreement)
+        return told[0]
+
+    def leave(self) -> None:
+        if self.joined_here and dist.is_initialized():
+            dist.destroy_process_group()
+
+
+def join() -> World:
+    """Join the process group that torchrun's variables describe, use one that exists, or be alone.
+
+    gloo on the CPU; with CUDA, NCCL for the device's tensors and gloo for the CPU's. Other ranks
+    have a minute to come; afterwards collectives have the library's own patience.
+
+    Raises: `torch.distributed.DistError` or RuntimeError when they do not come.
+    """
+    _limit_threads()
+    device = _device()
+    joined_here = not dist.is_initialized() and all(os.environ.get(v) for v in _GROUP_VARIABLES)
+    if joined_here:
+        _join(device)
+    if not dist.is_initialized():
+        return World(0, 1, device, None, joined_here=False)
+    size = dist.get_world_size()
+    agreement = dist.new_group(backend="gloo") if size > 1 else None
+    return World(dist.get_rank(), size, device, agreement, joined_here=joined_here)
+
+
+def _join(device: torch.device) -> None:
+    store, rank, size = next(rendezvous("env://", timeout=JOIN_WITHIN))
+    dist.init_process_group(
+        backend="cpu:gloo,cuda:nccl" if device.type == "cuda" else "gloo",
+        store=PrefixStore("dtp", store),
+        rank=rank,
+        world_size=size,
+        device_id=device if device.type == "cuda" else None,
+    )
+
+
+def _device() -> torch.device:
+    if not torch.cuda.is_available():
+        return torch.device("cpu")
+    local_rank = int(os.environ.get("LOCAL_RANK", "0"))
+    device = torch.device("cuda", local_rank % torch.cuda.device_count())
+    torch.cuda.set_device(device)
+    return device
+
+
+def _limit_threads() -> None:
+    """Said again to a torch that may have been imported before this rank's environment was made;
+    of several ranks each gets one thread unless told otherwise, as torchrun does."""
+    told = os.environ.get("OMP_NUM_THREADS", "")
+    if told.isdigit() and int(told) > 0:
+        torch.set_num_threads(int(told))
+    elif int(os.environ.get("WORLD_SIZE", "1")) > 1:
+        torch.set_num_threads(1)

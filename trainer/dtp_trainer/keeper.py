@@ -1,0 +1,166 @@
+"""When to checkpoint, what came of it, and whether to leave: for a rank that dtp started."""
+
+from __future__ import annotations
+
+import json
+import os
+import time
+from collections.abc import Callable, Mapping
+from dataclasses import dataclass
+from enum import IntEnum
+from typing import Any
+
+from dtp_trainer.agreement import Agreement, Decision, Leave
+from dtp_trainer.checkpoint import (
+    Checkpointer,
+    LoadedCheckpoint,
+    Outcome,
+    SaveReport,
+    StateBundle,
+    load,
+    load_newest,
+)
+from dtp_trainer.distributed import World
+from dtp_trainer.heads import Fenced, Retention
+from dtp_trainer.stop import StopRequest
+from dtp_trainer.storage import Storage, open_storage
+from dtp_trainer.telemetry import say
+from dtp_trainer.wire import Env
+
+
+@dataclass(frozen=True, slots=True)
+class Snapshot:
+    """A step boundary: the state by reference, and where it stands."""
+
+    bundle: StateBundle
+    step: int
+    epoch: float
+    values: Mapping[str, float]
+    data_state: Mapping[str, Any]
+
+
+class Kept(IntEnum):
+    """What became of a state that had to be kept; ordered, the worst of any rank counts."""
+
+    YES = 0
+    NO = 1
+    FENCED = 2
+
+
+class Keeper:
+    """The checkpoints of a rank and its willingness to leave, in step with the other ranks."""
+
+    def __init__(self, storage: Storage, world: World, stop: StopRequest) -> None:
+        policy = json.loads(os.environ.get(Env.CHECKPOINT) or "{}")
+        self._every_s: float | None = policy.get("every_s")
+        self._every_steps: int | None = policy.get("every_steps")
+        self._storage, self._world, self._stop = storage, world, stop
+        self._saver = Checkpointer(
+            storage,
+            generation=int(os.environ.get(Env.GENERATION, "0")),
+            attempt=int(os.environ.get(Env.ATTEMPT, "0")),
+            rank=world.rank,
+            world_size=world.size,
+            policy=Retention.from_dict(policy),
+            job=os.environ.get(Env.JOB_ID, ""),
+            on_report=self._on_report,
+        )
+        self._fenced = False
+        self._begin(0)
+
+    # ------------------------------------------------------------------------------ at the start
+
+    def newest(self) -> LoadedCheckpoint | None:
+        """The same on all ranks; a collective."""
+        found = None
+        if self._world.rank == 0:
+            found = load_newest(self._storage, rank=0, world_size=self._world.size, on_damage=say)
+        name = self._world.told_by_first(found.entry.name if found else "")
+        if name and self._world.rank != 0:
+            found = load(self._storage, name, rank=self._world.rank, world_size=self._world.size)
+        self._begin(found.step if found else 0)
+        return found
+
+    def _begin(self, step: int) -> None:
+        self._saved_step, self._saved_at = step, time.monotonic()
+        self._agreement = Agreement(self._world, step)
+
+    def prepare(self, bundle: StateBundle) -> None:
+        self._saver.prepare(bundle)
+
+    # --------------------------------------------------------------------------- at a step's end
+
+    def decide(self, step: int, *, boundary: bool) -> Decision:
+        """What all ranks do after `step`; `boundary` (an epoch's end, the last step) must be the
+        same on all of them, and has them agree out of turn."""
+        counted = bool(self._every_steps) and step % (self._every_steps or 1) == 0
+        if not (boundary or counted or self._agreement.due(step)):
+            return Decision()
+        return self._agreement.reach(step, Decision(self._leave(), counted or self._timed()))
+
+    def leave_now(self, step: int) -> Leave:
+        """Agree out of turn whether to leave; every rank calls it at the same place."""
+        return self._agreement.reach(step, Decision(self._leave())).leave
+
+    def _leave(self) -> Leave:
+        if self._fenced:
+            return Leave.FENCED
+        return Leave.PAUSED if self._stop.wanted else Leave.NO
+
+    def _timed(self) -> bool:
+        """By the clock of rank 0 alone; a slow storage is not asked for more than it can take."""
+        if self._world.rank != 0 or self._every_s is None or self._saver.busy:
+            return False
+        return time.monotonic() - self._saved_at >= self._every_s
+
+    # ----------------------------------------------------------------------------------- keeping
+
+    def save(self, snapshot: Snapshot) -> None:
+        """Copy it now and write it in the background."""
+        self._save(snapshot, blocking=False)
+
+    def commit(self, step: int, snapshot: Callable[[], Snapshot]) -> Kept:
+        """Until what was trained is in a committed checkpoint, on the word of all ranks."""
+        kept = self._agreed(self._saver.wait)
+        if kept is Kept.FENCED or (kept is Kept.YES and step == self._saved_step):
+            return kept
+        taken = snapshot()
+        return self._agreed(lambda: self._save(taken, blocking=True))
+
+    def close(self) -> None:
+        """Free the buffers; nothing is in flight after `commit`."""
+        self._saver.close()
+
+    def _save(self, snapshot: Snapshot, *, blocking: bool) -> SaveReport | None:
+        self._saved_step, self._saved_at = snapshot.step, time.monotonic()
+        return self._saver.save(
+            snapshot.bundle,
+            step=snapshot.step,
+            epoch=snapshot.epoch,
+            values=snapshot.values,
+            data_state=snapshot.data_state,
+            blocking=blocking,
+        )
+
+    def _agreed(self, keep: Callable[[], SaveReport | None]) -> Kept:
+        """The worst that any rank has to say of it; a collective."""
+        try:
+            report = keep()
+        except Fenced:
+            kept = Kept.FENCED
+        else:
+            kept = Kept.NO if report and report.outcome is Outcome.FAILED else Kept.YES
+        return Kept(self._world.maximum([kept])[0])
+
+    def _on_report(self, report: SaveReport) -> None:
+        """On the writing thread."""
+        if report.outcome is Outcome.FENCED:
+            self._fenced = True
+        if report.outcome in (Outcome.FENCED, Outcome.FAILED):
+            say(f"checkpoint at step {report.step} is not kept: {report.error}")
+
+
+def open_keeper(world: World, stop: StopRequest) -> Keeper | None:
+    """None where nobody keeps anything: outside dtp. Raises `StorageError`."""
+    uri = os.environ.get(Env.STORAGE)
+    return Keeper(open_storage(uri), world, stop) if uri else None

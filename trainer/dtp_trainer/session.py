@@ -1,0 +1,313 @@
+"""The API for a script of your own: checkpoints, pause, resume, scale and metrics in five lines.
+
+    session = Session(model=model, optimizer=optimizer)
+    model = session.ddp(model)
+    for batch in session.batches(dataset, global_batch=64, epochs=10, seed=0):
+        loss = train_step(batch)
+        session.step(loss=loss)
+    session.finish()
+
+Under plain Python or torchrun it trains the same, keeps nothing and resumes nothing.
+"""
+
+from __future__ import annotations
+
+import contextlib
+import os
+from collections.abc import Iterator, Mapping
+from contextlib import AbstractContextManager
+from types import TracebackType
+from typing import Any, Self
+
+import torch
+from torch import Tensor, nn
+from torch.nn.parallel import DistributedDataParallel
+from torch.optim import Optimizer
+
+from dtp_trainer import course
+from dtp_trainer.agreement import Decision, Leave
+from dtp_trainer.checkpoint import LoadedCheckpoint
+from dtp_trainer.distributed import join
+from dtp_trainer.keeper import Kept, Snapshot, open_keeper
+from dtp_trainer.loader import Collate, Dataset, Loader, to_device
+from dtp_trainer.sampler import Lanes, SamplerError
+from dtp_trainer.state import Stateful, TrainingState
+from dtp_trainer.stop import Paused, SessionError, StopRequest
+from dtp_trainer.storage import StorageError
+from dtp_trainer.telemetry import Position, Stopwatch, Telemetry, Value, say
+from dtp_trainer.wire import Env, ExitCode
+
+PEERS_WORD_S = 2.0
+
+
+class Session:
+    """One rank's part in a job that may be paused, resumed and scaled at any step.
+
+    Joins the process group when the environment names one, moves the model to its device, and
+    loads the newest good checkpoint into what it is given.
+    """
+
+    global_step: int
+    """Steps completed since the job began, over all attempts."""
+
+    def __init__(
+        self,
+        *,
+        model: nn.Module,
+        optimizer: Optimizer,
+        scheduler: Stateful | None = None,
+        state: Mapping[str, Stateful] | None = None,
+    ) -> None:
+        """`state` names further objects with `state_dict` and `load_state_dict` (an EMA, a gradient
+        scaler). Ends the script with one line when the checkpoint does not fit."""
+        self.global_step = 0
+        self._course: course.Course | None = None
+        self._loader: Loader | None = None
+        self._loaded: LoadedCheckpoint | None = None
+        self._over = False
+        self._stop = StopRequest()
+        if os.environ.get(Env.STORAGE) and not self._stop.listen():
+            say("Session was made outside the main thread, so this rank cannot hear a pause")
+        with _starting(self._stop):
+            with self._stop.leaving_at_once():
+                self._world = join()
+            self._telemetry = Telemetry(self.rank, self.world_size)
+            model.to(self.device)
+            self._state = TrainingState(model, optimizer, scheduler, state or {}, self._world)
+            self._keeper = open_keeper(self._world, self._stop)
+            self._resume()
+            self._leave_if_asked()
+        self._watch = Stopwatch()
+        self._first_step = self.global_step + 1
+
+    @property
+    def rank(self) -> int:
+        return self._world.rank
+
+    @property
+    def world_size(self) -> int:
+        return self._world.size
+
+    @property
+    def device(self) -> torch.device:
+        return self._world.device
+
+    @property
+    def at_epoch_end(self) -> bool:
+        """In the loop's body, before `step`: this batch is the last of its epoch."""
+        return self._course is not None and self._course.ends_epoch(self.global_step + 1)
+
+    def every(self, steps: int) -> bool:
+        """In the loop's body, before `step`: this is an n-th step, or the last one."""
+        step = self.global_step + 1
+        return step % steps == 0 or (self._course is not None and step == self._course.total_steps)
+
+    def ddp(self, model: nn.Module, **options: Any) -> nn.Module:
+        """The model for the forward pass: wrapped for gradients to be averaged, or itself when
+        there is one rank. `options` are those of `DistributedDataParallel`."""
+        if self.world_size == 1:
+            return model
+        devices = [self.device.index] if self.device.type == "cuda" else None
+        return DistributedDataParallel(model, device_ids=devices, **options)
+
+    def batches(
+        self,
+        dataset: Dataset,
+        *,
+        global_batch: int,
+        epochs: int | None = None,
+        steps: int | None = None,
+        seed: int = 0,
+        collate: Collate | None = None,
+        ahead: int = 2,
+    ) -> Iterator[Any]:
+        """This rank's share of every batch that is left, on its device; call `step` once for each.
+
+        The order depends on the seed alone: at any world size, and after any number of pauses, each
+        step has the same global batch. What fills no batch at an epoch's end is left out of it.
+
+        Args:
+            global_batch: Samples a step over all ranks; the number of ranks must divide it.
+            epochs, steps: Where training ends, counted from the beginning of the job.
+            ahead: Batches fetched in advance by a thread. 0: a dataset that draws from the global
+                random generators repeats exactly only then.
+        """
+        self._course = self._plan(dataset, global_batch, seed, epochs=epochs, steps=steps)
+        self._leave_if_asked()
+        if self._loaded is not None:
+            self._state.load_random(self._loaded)
+        order = self._course.indices(self.global_step, self.rank, self.world_size)
+        self._loader = Loader(dataset, order, collate=collate, ahead=ahead)
+        self._watch.lap()
+        with contextlib.closing(self._loader):
+            for step in range(self.global_step, self._course.total_steps):
+                with self._watch.phase("data"):
+                    batch = to_device(next(self._loader), self.device)
+                yield batch
+                if self.global_step != step + 1:
+                    raise RuntimeError("call session.step() once for each batch")
+
+    def step(
+        self, *, samples: int | None = None, tokens: int | None = None, **values: Value
+    ) -> None:
+        """The end of a step; call it last in the loop's body, after everything that changes state.
+
+        Reports `values` (loss, lr …), checkpoints when one is due, and leaves when asked to: all
+        ranks after the same step. `samples` (default: `global_batch`) and `tokens` are of the
+        global batch. Raises `Paused`, which ends the script with 75.
+        """
+        self.global_step += 1
+        self._telemetry.sample(values)
+        decision = self._decide()
+        self._checkpoint(decision)
+        self._telemetry.step(self._position(samples, tokens), self._watch.lap())
+        if decision.leave is not Leave.NO:
+            self._leave(decision.leave)
+
+    def log(self, **values: Value) -> None:
+        """Report with the next step; after the last one, with `finish`."""
+        self._telemetry.keep(values)
+
+    def evaluating(self) -> AbstractContextManager[None]:
+        """Around an evaluation: its time is reported by itself, not as the step's."""
+        return self._watch.phase("evaluate")
+
+    def sum(self, values: Tensor) -> Tensor:
+        """Over all ranks, on the CPU; every rank calls it at the same place."""
+        return self._world.sum(values)
+
+    def finish(self) -> None:
+        """The last checkpoint, the last values, and out of the process group. Twice is once."""
+        if self._over:
+            return
+        kept = Kept.YES
+        if self._keeper is not None:
+            kept = self._keeper.commit(self.global_step, self._snapshot)
+        self._end(kept)
+
+    def __enter__(self) -> Self:
+        return self
+
+    def __exit__(
+        self,
+        kind: type[BaseException] | None,
+        _error: BaseException | None,
+        _traceback: TracebackType | None,
+    ) -> None:
+        if kind is None:
+            self.finish()
+        elif not self._over:
+            self._telemetry.close()
+
+    def _resume(self) -> None:
+        self._loaded = self._keeper.newest() if self._keeper else None
+        if self._loaded is None:
+            return
+        self._state.load(self._loaded)
+        self._state.load_random(self._loaded)
+        self.global_step = self._loaded.step
+        if self.rank == 0:
+            generation = self._loaded.entry.generation
+            say(f"resumed from step {self.global_step} of generation {generation}")
+
+    def _plan(
+        self,
+        dataset: Dataset,
+        global_batch: int,
+        seed: int,
+        *,
+        epochs: int | None,
+        steps: int | None,
+    ) -> course.Course:
+        if self._course is not None:
+            raise RuntimeError("call session.batches() once; it goes through all epochs")
+        try:
+            lanes = Lanes(len(dataset), global_batch, seed)
+            lanes.check_world_size(self.world_size)
+            if self._loaded is not None and self._loaded.data_state:
+                lanes.position(self._loaded.data_state)
+        except SamplerError as error:
+            raise SessionError(str(error)) from None
+        return course.plan(lanes, epochs, steps)
+
+    def _decide(self) -> Decision:
+        if self._keeper is None:
+            return Decision()
+        ended = self._course is not None and (
+            self._course.ends_epoch(self.global_step)
+            or self.global_step == self._course.total_steps
+        )
+        return self._keeper.decide(self.global_step, boundary=ended)
+
+    def _checkpoint(self, decision: Decision) -> None:
+        if self._keeper is None or decision.leave is not Leave.NO:
+            return
+        if decision.checkpoint:
+            with self._watch.phase("checkpoint"):
+                self._keeper.save(self._snapshot())
+        elif self.global_step == self._first_step:
+            self._keeper.prepare(self._state.bundle())
+
+    def _snapshot(self) -> Snapshot:
+        return Snapshot(
+            bundle=self._state.bundle(),
+            step=self.global_step,
+            epoch=self._course.epoch(self.global_step) if self._course else 0.0,
+            values=self._telemetry.values,
+            data_state=self._course.state(self.global_step) if self._course else {},
+        )
+
+    def _position(self, samples: int | None, tokens: int | None) -> Position:
+        planned = self._course
+        if samples is None:
+            samples = planned.lanes.global_batch if planned else 0
+        return Position(
+            step=self.global_step,
+            epoch=planned.epoch(self.global_step) if planned else 0.0,
+            total_steps=planned.total_steps if planned else None,
+            samples=samples,
+            tokens=tokens,
+        )
+
+    def _leave_if_asked(self) -> None:
+        """Where no step was taken since the resume point, so there is nothing to keep."""
+        if self._keeper is not None:
+            leave = self._keeper.leave_now(self.global_step)
+            if leave is not Leave.NO:
+                self._leave(leave)
+
+    def _leave(self, leave: Leave) -> None:
+        kept = Kept.FENCED
+        if leave is Leave.PAUSED and self._keeper is not None:
+            kept = self._keeper.commit(self.global_step, self._snapshot)
+        self._end(kept)
+        raise Paused
+
+    def _end(self, kept: Kept) -> None:
+        """Close all; ends the script when its state could not be kept."""
+        self._over = True
+        if self._loader is not None:
+            self._loader.close()
+        self._telemetry.close()
+        if kept is Kept.FENCED:
+            raise SystemExit(int(ExitCode.FENCED))
+        if self._keeper is not None:
+            self._keeper.close()
+        self._world.leave()
+        if kept is Kept.NO:
+            raise SessionError(f"what was trained up to step {self.global_step} could not be kept")
+
+
+@contextlib.contextmanager
+def _starting(stop: StopRequest) -> Iterator[None]:
+    """Errors of a start in one line. A peer that was asked to leave takes its connections with it;
+    then our own word is on its way."""
+    try:
+        yield
+    except (StorageError, ValueError) as error:
+        raise SessionError(f"cannot resume: {error}") from None
+    except RuntimeError as error:
+        if stop.wait(PEERS_WORD_S):
+            raise Paused from None
+        line = str(error).strip().partition("\n")[0]
+        raise SessionError(f"cannot start: {line or type(error).__name__}") from None

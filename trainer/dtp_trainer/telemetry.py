@@ -1,0 +1,159 @@
+"""What a rank tells: a `wire.Step` a step in its step file, and warnings of one line on stderr."""
+
+from __future__ import annotations
+
+import contextlib
+import os
+import sys
+import time
+from collections.abc import Iterator, Mapping
+from dataclasses import dataclass
+from pathlib import Path
+from typing import TextIO, TypeAlias
+
+from torch import Tensor
+
+from dtp_trainer.wire import Env, Step, encode_step
+
+Value: TypeAlias = float | Tensor
+"""A number, or a tensor with one element."""
+
+READ_DEVICE_EVERY_S = 0.1
+
+
+def say(text: str) -> None:
+    """One line for people on stderr, marked as ours."""
+    sys.stderr.write(f"dtp: {text}\n")
+    sys.stderr.flush()
+
+
+@dataclass(frozen=True, slots=True)
+class Position:
+    """Where the job stands after a step."""
+
+    step: int
+    """Completed since the job began, over all attempts."""
+    epoch: float
+    total_steps: int | None
+    samples: int
+    """Of the global batch."""
+    tokens: int | None = None
+
+
+class Stopwatch:
+    """Seconds by phase since the last lap. ``evaluate`` does not count as time of the step."""
+
+    def __init__(self) -> None:
+        self._started = time.perf_counter()
+        self._phases: dict[str, float] = {}
+
+    @contextlib.contextmanager
+    def phase(self, name: str) -> Iterator[None]:
+        started = time.perf_counter()
+        try:
+            yield
+        finally:
+            self.add(name, time.perf_counter() - started)
+
+    def add(self, name: str, seconds: float) -> None:
+        self._phases[name] = self._phases.get(name, 0.0) + seconds
+
+    def lap(self) -> dict[str, float]:
+        """Phase → seconds, with ``step`` = wall time of the whole step; a new lap begins."""
+        now = time.perf_counter()
+        whole = now - self._started - self._phases.get("evaluate", 0.0)
+        seconds = {"step": whole, **self._phases}
+        self._started, self._phases = now, {}
+        return seconds
+
+
+class Telemetry:
+    """Step records of one rank. Nothing is written where nobody asked for it; a full disk ends the
+    telemetry, never the training."""
+
+    def __init__(self, rank: int, world_size: int) -> None:
+        self._rank, self._world_size = rank, world_size
+        self._generation = int(os.environ.get(Env.GENERATION, "0"))
+        self._file = _open(os.environ.get(Env.STEPS_FILE))
+        self._read_device_at = 0.0
+        self._kept: dict[str, float] = {}
+        self._last: Position | None = None
+        self.values: dict[str, float] = {}
+        """The newest number of each name."""
+
+    def keep(self, values: Mapping[str, Value]) -> None:
+        """To be reported with the next step."""
+        self._kept |= {name: _number(name, value) for name, value in values.items()}
+
+    def sample(self, values: Mapping[str, Value]) -> None:
+        """As `keep`, but reading a tensor waits for its device: one on a GPU is read ten times a
+        second at most."""
+        now = time.perf_counter()
+        skip = now - self._read_device_at < READ_DEVICE_EVERY_S
+        if not skip:
+            self._read_device_at = now
+        self.keep(
+            {
+                name: value
+                for name, value in values.items()
+                if not (skip and isinstance(value, Tensor) and value.is_cuda)
+            }
+        )
+
+    def step(self, position: Position, seconds: Mapping[str, float]) -> None:
+        """Report a step with the values kept since the one before."""
+        self._write(position, self._kept, seconds)
+        self.values |= self._kept
+        self._kept, self._last = {}, position
+
+    def close(self) -> None:
+        """Values that no step carried any more go out in a record of the last step, without
+        seconds."""
+        if self._kept and self._last is not None:
+            self.step(self._last, {})
+        if self._file is not None:
+            self._file.close()
+            self._file = None
+
+    def _write(
+        self, position: Position, values: Mapping[str, float], seconds: Mapping[str, float]
+    ) -> None:
+        if self._file is None:
+            return
+        record = Step(
+            at=time.time(),
+            generation=self._generation,
+            rank=self._rank,
+            world_size=self._world_size,
+            step=position.step,
+            epoch=position.epoch,
+            total_steps=position.total_steps,
+            samples=position.samples,
+            tokens=position.tokens,
+            values=values,
+            seconds=seconds,
+        )
+        try:
+            self._file.write(encode_step(record))
+        except OSError as error:
+            say(f"metrics of rank {self._rank} end here: {error.strerror or error}")
+            self._file = None
+
+
+def _number(name: str, value: Value) -> float:
+    try:
+        return float(value.item() if isinstance(value, Tensor) else value)
+    except (RuntimeError, TypeError, ValueError):
+        raise TypeError(
+            f"{name}={value!r} is neither a number nor a tensor of one element"
+        ) from None
+
+
+def _open(path: str | None) -> TextIO | None:
+    if not path:
+        return None
+    try:
+        return Path(path).open("a", buffering=1, encoding="utf-8")
+    except OSError as error:
+        say(f"no metrics: cannot write {path}: {error.strerror or error}")
+        return None
