@@ -50,6 +50,13 @@ def pid_of(holder: str) -> int | None:
         return None
 
 
+def is_alive(holder: str) -> bool | None:
+    """None for a process of another machine: only its lease can speak for it."""
+    if holder.rsplit(":", 2)[0] != socket.gethostname():
+        return None
+    return pid_of(holder) is not None
+
+
 def driver_of(lease: Lease | None, settings: Settings) -> Driver:
     log = settings.home / LOG_FILE
     if lease is None or not lease.holder:

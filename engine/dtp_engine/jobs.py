@@ -232,6 +232,11 @@ class Attempt:
         """Placements that are not confirmed gone."""
         return tuple(p for p in self.placements if p.state is not PlacementState.GONE)
 
+    @property
+    def staying(self) -> tuple[Placement, ...]:
+        """Placements that are present and were not asked to leave."""
+        return tuple(p for p in self.present if p.state is not PlacementState.STOPPING)
+
 
 @dataclass(frozen=True, slots=True, order=True)
 class AttemptId:
