@@ -1,0 +1,143 @@
+"""Backends as their contract sees them: the same few orders to a worker, whatever the platform."""
+
+from __future__ import annotations
+
+import asyncio
+import json
+import os
+import signal
+import sys
+import time
+from collections.abc import AsyncIterator, Callable, Mapping, Sequence
+from datetime import timedelta
+from pathlib import Path
+
+import psutil
+import pytest
+
+from dtp_engine.backend import Gang, LaunchPlan, Liveness, LogLine, WorkerSight
+from dtp_engine.jobs import AttemptId, JobSpec, NodeRange, Resources
+from dtp_engine.local.backend import LocalBackend
+from dtp_engine.local.folders import Home, WorkerFolder
+from dtp_engine.settings import Settings
+
+STANDIN = (sys.executable, "-S", str(Path(__file__).with_name("standin_agent.py")))
+WITHIN_S = 20.0
+"""Far longer than anything here takes; only a broken promise waits for it."""
+
+
+class LocalHarness:
+    """The local backend with stand-ins for agents, in a state folder of its own."""
+
+    def __init__(self, home: Path) -> None:
+        self.path = home
+        self.home = Home(home)
+        self.backend = self.open()
+
+    def open(self, agent: Sequence[str] = STANDIN) -> LocalBackend:
+        """Another backend over the same state, as a second controller would have."""
+        return LocalBackend(Settings(home=self.path, actor="test"), agent=agent)
+
+    def plan(
+        self,
+        workers: Sequence[int] = (0,),
+        *,
+        attempt: AttemptId = AttemptId("digits", 1),  # noqa: B008 - frozen
+        env: Mapping[str, str] | None = None,
+        cpus: float = 0.25,
+        **spec: object,
+    ) -> LaunchPlan:
+        job = JobSpec(
+            name="digits",
+            run="python train.py",
+            nodes=NodeRange(1, 4),
+            resources=Resources(cpus=cpus, memory_bytes=2**20),
+            workdir=str(self.path),
+            env=env or {},
+            **spec,  # type: ignore[arg-type]
+        )
+        return LaunchPlan(attempt, "digits", job, tuple(workers), len(workers), "secret", 3, 2)
+
+    def folder(self, worker: int, attempt: AttemptId) -> WorkerFolder:
+        return self.home.worker(attempt, worker)
+
+    # -- what any harness can do
+
+    async def look(self, attempt: AttemptId) -> Gang:
+        return (await self.backend.observe([attempt]))[attempt]
+
+    async def until(self, attempt: AttemptId, met: Callable[[Gang], bool]) -> Gang:
+        """Let time pass until what is seen meets the condition."""
+        deadline = time.monotonic() + WITHIN_S
+        while not met(gang := await self.look(attempt)):
+            assert time.monotonic() < deadline, f"still {gang}"
+            await asyncio.sleep(0.01)
+        return gang
+
+    async def until_exited(self, attempt: AttemptId, worker: int = 0) -> WorkerSight:
+        def met(gang: Gang) -> bool:
+            seen = gang.workers.get(worker)
+            return seen is not None and seen.liveness is Liveness.EXITED
+
+        return (await self.until(attempt, met)).workers[worker]
+
+    async def until_running(self, attempt: AttemptId, worker: int = 0) -> None:
+        """Beyond the launch: the worker can be told things."""
+        claim = self.folder(worker, attempt).claim
+        await self.until(attempt, lambda _: claim.exists() and claim.read_bytes() != b"")
+
+    async def finish_worker(self, attempt: AttemptId, worker: int, code: int) -> None:
+        await self.order(attempt, worker, exit=code)
+
+    async def kill_worker(self, attempt: AttemptId, worker: int) -> None:
+        os.kill(self.pid(attempt, worker), signal.SIGKILL)
+
+    async def say(self, attempt: AttemptId, worker: int, lines: Sequence[str]) -> None:
+        await self.order(attempt, worker, say=list(lines))
+
+    async def read(
+        self, attempt: AttemptId, after: Mapping[int, str] | None = None
+    ) -> list[LogLine]:
+        return [line async for line in self.backend.logs(attempt, after=after)]
+
+    # -- what only this one can
+
+    def pid(self, attempt: AttemptId, worker: int = 0) -> int:
+        return int(json.loads(self.folder(worker, attempt).claim.read_bytes())["pid"])
+
+    async def order(self, attempt: AttemptId, worker: int = 0, **order: object) -> None:
+        await self.until_running(attempt, worker)
+        path = self.folder(worker, attempt).path / "order"
+        await self.until(attempt, lambda _: not path.exists())
+        draft = path.with_suffix(".draft")
+        draft.write_text(json.dumps(order))
+        draft.replace(path)
+
+    def processes(self) -> list[psutil.Process]:
+        """All that carry this state folder's name."""
+        found = []
+        for process in psutil.process_iter():
+            try:
+                named = str(self.path) in process.environ().get("DTP_LAUNCH", "")
+                if named and process.status() != psutil.STATUS_ZOMBIE:
+                    found.append(process)
+            except psutil.Error:
+                continue
+        return found
+
+    async def aclose(self) -> None:
+        """Kill what the test left running, and see that nothing remains."""
+        for folder in list(self.home.all_workers()):
+            job_id, _, number = folder.path.parent.name.rpartition(".a")
+            attempt = AttemptId(job_id, int(number))
+            await self.backend.stop(attempt, [folder.worker], grace=timedelta(0))
+            await self.until_exited(attempt, folder.worker)
+        await self.backend.aclose()
+        assert self.processes() == []
+
+
+@pytest.fixture
+async def local(tmp_path: Path) -> AsyncIterator[LocalHarness]:
+    harness = LocalHarness(tmp_path / "home")
+    yield harness
+    await harness.aclose()
