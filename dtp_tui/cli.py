@@ -1,0 +1,121 @@
+"""The `dtp` program: which commands there are, and what every one of them shares.
+
+Only the command that was asked for is imported; `--version` needs nothing at all.
+"""
+
+from __future__ import annotations
+
+import os
+import sys
+from collections.abc import Iterable, Mapping
+from importlib import import_module
+from typing import TYPE_CHECKING, NoReturn
+
+if TYPE_CHECKING:
+    import typer
+
+JOBS, LOOK, HERE = "Jobs", "What they do", "This machine"
+COMMANDS: Mapping[str, str] = {
+    "run": JOBS,
+    "pause": JOBS,
+    "resume": JOBS,
+    "scale": JOBS,
+    "stop": JOBS,
+    "kill": JOBS,
+    "wait": JOBS,
+    "ps": LOOK,
+    "show": LOOK,
+    "logs": LOOK,
+    "events": LOOK,
+    "metrics": LOOK,
+    "ckpt": LOOK,
+    "tui": LOOK,
+    "doctor": HERE,
+    "controller": HERE,
+    "config": HERE,
+    "spec": HERE,
+}
+"""Name → heading in `dtp --help`. The module is `dtp_tui.commands.<name>`, which holds a function
+`command`, or a group `app`."""
+
+_COMPLETING = "_DTP_COMPLETE"
+
+
+def main() -> NoReturn:
+    """Entry point of the console script `dtp`."""
+    words = sys.argv[1:]
+    if words[:1] in (["--version"], ["-V"]):
+        from dtp_tui import __version__  # noqa: PLC0415 - the fast path
+
+        sys.stdout.write(f"dtp {__version__}\n")
+        sys.exit(0)
+    sys.exit(_guarded(words))
+
+
+def _guarded(words: list[str]) -> int:
+    """Every error is one line; the traceback of one that is ours goes to a file."""
+    from dtp_engine.errors import DtpError  # noqa: PLC0415
+    from dtp_tui import output  # noqa: PLC0415
+
+    output.prepare_streams()
+    try:
+        program(_wanted(words))(prog_name="dtp")
+        _flush()
+    except DtpError as error:
+        output.fail(str(error), error.exit_code)
+    except output.ReaderGone:
+        output.leave_quietly()
+    except KeyboardInterrupt:
+        return output.Exit.DETACHED
+    except SystemExit as leaving:
+        _flush()
+        return leaving.code if isinstance(leaving.code, int) else 0
+    except Exception as error:  # noqa: BLE001 - no traceback may reach a user
+        from dtp_tui.crash import report  # noqa: PLC0415
+
+        output.fail(report(error, words), output.Exit.INFRASTRUCTURE)
+    return 0
+
+
+def _flush() -> None:
+    from dtp_tui import output  # noqa: PLC0415
+
+    try:
+        sys.stdout.flush()
+    except BrokenPipeError:
+        output.leave_quietly()
+
+
+def _wanted(words: list[str]) -> Iterable[str]:
+    """The one command on the line; all of them for help, mistakes and completing names."""
+    if _COMPLETING in os.environ:
+        words = os.environ.get("COMP_WORDS", "").split()[1:]
+        return [words[0]] if len(words) > 1 and words[0] in COMMANDS else COMMANDS
+    return [words[0]] if words and words[0] in COMMANDS else COMMANDS
+
+
+def program(names: Iterable[str] = COMMANDS) -> typer.Typer:
+    """A typer program of these commands."""
+    import typer  # noqa: PLC0415 - not for --version
+
+    app = typer.Typer(
+        name="dtp",
+        help="Train PyTorch jobs on several workers: pause, resume and scale them while they run.",
+        epilog="A job is named by its name or by the beginning of its id. `dtp-tui` watches live.",
+        no_args_is_help=True,
+        rich_markup_mode=None,
+        pretty_exceptions_enable=False,
+        context_settings={"help_option_names": ["-h", "--help"], "max_content_width": 100},
+    )
+    app.callback()(_options)
+    for name in names:
+        module = import_module(f"dtp_tui.commands.{name}")
+        if hasattr(module, "app"):
+            app.add_typer(module.app, name=name, rich_help_panel=COMMANDS[name])
+        else:
+            app.command(name, rich_help_panel=COMMANDS[name])(module.command)
+    return app
+
+
+def _options() -> None:
+    """Train PyTorch jobs on several workers: pause, resume and scale them while they run."""

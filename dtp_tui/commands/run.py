@@ -1,0 +1,93 @@
+"""`dtp run FILE`: submit a job, and stay with it unless told otherwise."""
+
+from __future__ import annotations
+
+from pathlib import Path
+from typing import TYPE_CHECKING, Annotated
+
+import typer
+
+from dtp_tui.commands.options import JsonOption
+
+if TYPE_CHECKING:
+    from dtp_engine.jobs import JobSpec
+
+
+def command(
+    file: Annotated[
+        Path,
+        typer.Argument(metavar="FILE", help="The job file; - reads it from stdin."),
+    ],
+    *,
+    detach: Annotated[
+        bool, typer.Option("--detach", "-d", help="Submit and return; the job goes on by itself.")
+    ] = False,
+    headless: Annotated[
+        bool, typer.Option("--headless", help="Plain lines instead of a progress bar.")
+    ] = False,
+    json_lines: JsonOption = False,
+    dry_run: Annotated[
+        bool, typer.Option("--dry-run", help="Print the plan and start nothing.")
+    ] = False,
+    name: Annotated[
+        str | None,
+        typer.Option(metavar="NAME", help="Call the job so.", show_default=False),
+    ] = None,
+    overrides: Annotated[
+        list[str] | None,
+        typer.Option(
+            "--set",
+            metavar="FIELD=VALUE",
+            help="Set a field of the job file, such as checkpoint.every=30s; may be repeated.",
+            show_default=False,
+        ),
+    ] = None,
+    idempotency_key: Annotated[
+        str | None,
+        typer.Option(
+            metavar="KEY",
+            help="The same key twice is one job: the second run attaches to it.",
+            show_default=False,
+        ),
+    ] = None,
+) -> None:
+    """Run a job and stay with it; Ctrl-C detaches, the job lives on.
+
+    Exit codes: 0 succeeded, 1 failed, 2 usage or job file, 3 cancelled, 4 no capacity, 5 budget or
+    max_duration, 6 hang, 7 infrastructure, 8 paused, 130 detached by Ctrl-C.
+
+    With --json each line has an `event`: submitted, state, metrics, checkpoint, log, timeline, and
+    at last result.
+    """
+    from dtp_engine.spec import read_spec
+
+    spec = read_spec(file, overrides=overrides or (), name=name)
+    raise typer.Exit(
+        _plan(spec, json_lines=json_lines)
+        if dry_run
+        else _run(spec, idempotency_key, detach=detach, headless=headless, json_lines=json_lines)
+    )
+
+
+def _plan(spec: JobSpec, *, json_lines: bool) -> int:
+    from dtp_tui.client import with_engine
+    from dtp_tui.output import Output
+    from dtp_tui.plan import print_plan
+
+    return with_engine(lambda engine: print_plan(engine, spec, Output(json_lines=json_lines)))
+
+
+def _run(spec: JobSpec, key: str | None, *, detach: bool, headless: bool, json_lines: bool) -> int:
+    from dtp_engine.engine import Engine
+    from dtp_tui.attach import unless_detached
+    from dtp_tui.client import with_engine
+    from dtp_tui.output import Output
+    from dtp_tui.running import Run
+
+    out = Output(json_lines=json_lines, live=True)
+
+    async def ran(engine: Engine) -> int:
+        run = Run(engine, out, headless=headless)
+        return await run.leave_job_alone(unless_detached(run.whole(spec, key, detach=detach)))
+
+    return with_engine(ran)

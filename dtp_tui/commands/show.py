@@ -1,0 +1,181 @@
+"""`dtp show JOB`: all about one job."""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+from typing import TYPE_CHECKING, Any
+
+from dtp_tui.commands.options import JobArgument, JsonOption
+
+if TYPE_CHECKING:
+    from dtp_engine.engine import Engine, JobView
+    from dtp_engine.jobs import Attempt, Event
+    from dtp_trainer.wire import CheckpointEntry
+    from dtp_tui.output import Output
+
+EVENTS_SHOWN = 12
+CHECKPOINTS_SHOWN = 5
+
+
+def command(job: JobArgument, *, json_lines: JsonOption = False) -> None:
+    """Show one job: its state and why, workers, attempts, checkpoints, last events, job file."""
+    from dtp_tui.client import with_engine
+    from dtp_tui.output import Output
+
+    async def show(engine: Engine) -> None:
+        found = await engine.find(job)
+        view = await engine.job(found.id)
+        attempts = await engine.attempts(found.id)
+        saved = await engine.checkpoints(found.id)
+        events = await engine.events(job_id=found.id)
+        out = Output(json_lines=json_lines)
+        if json_lines:
+            out.emit(_record(view, attempts, saved))
+        else:
+            _print(out, view, attempts, saved, events)
+
+    with_engine(show)
+
+
+def _record(
+    view: JobView, attempts: Sequence[Attempt], saved: Sequence[CheckpointEntry]
+) -> dict[str, Any]:
+    from dtp_tui import records
+
+    return {
+        **records.job_record(view),
+        "members": records.worker_records(view.gang),
+        "attempts": [records.attempt_record(attempt) for attempt in attempts],
+        "checkpoints": [records.checkpoint_record(entry) for entry in saved],
+        "spec": records.spec_record(view.job.spec),
+    }
+
+
+def _print(
+    out: Output,
+    view: JobView,
+    attempts: Sequence[Attempt],
+    saved: Sequence[CheckpointEntry],
+    events: Sequence[Event],
+) -> None:
+    _print_summary(out, view)
+    _print_workers(out, view)
+    _print_attempts(out, attempts)
+    if saved:
+        from dtp_tui.commands.ckpt import print_checkpoints
+
+        _heading(out, "Checkpoints")
+        print_checkpoints(out, saved[-CHECKPOINTS_SHOWN:])
+    _print_events(out, events)
+    _print_spec(out, view)
+
+
+def _heading(out: Output, title: str) -> None:
+    from dtp_tui.labels import Tone
+
+    out.say()
+    out.say(out.paint(title, Tone.BUSY))
+
+
+def _print_summary(out: Output, view: JobView) -> None:
+    from datetime import UTC, datetime
+
+    from dtp_tui import labels
+
+    job, gang = view.job, view.gang
+    now = datetime.now(UTC)
+    out.say(f"{job.name}  {job.id}  {out.label(labels.headline(job, gang))}")
+    facts = {
+        "why": labels.why(job),
+        "workers": f"{labels.workers(job, gang)} (may have {job.spec.nodes})",
+        "progress": _progress(view),
+        "trained": labels.elapsed(job, now) if job.started_at else "",
+        "submitted": f"{labels.moment(job.created_at)} by {job.created_by}",
+        "ended": labels.moment(job.ended_at) if job.ended_at else "",
+        "exit code": "" if job.exit_code is None else f"{job.exit_code} of the failing rank",
+    }
+    for name, fact in facts.items():
+        if fact:
+            out.say(f"  {name:<10} {fact}")
+
+
+def _progress(view: JobView) -> str:
+    from dtp_tui import labels
+
+    gang = view.gang
+    if gang is None or gang.step is None:
+        return ""
+    values = [f"{name} {labels.value(value, name)}" for name, value in gang.values.items()]
+    rate = [labels.throughput(gang)] if view.job.active else []
+    return "  ".join([f"step {labels.step(gang.step, gang.total_steps)}", *values, *rate])
+
+
+def _print_workers(out: Output, view: JobView) -> None:
+    from dtp_tui import labels
+    from dtp_tui.output import Column
+
+    if view.gang is None or not view.job.active or not view.gang.members:
+        return
+    _heading(out, f"Workers, generation {view.gang.generation}")
+    columns = [
+        Column("WORKER"),
+        Column("HOST"),
+        Column("RANKS"),
+        Column("CPU", right=True),
+        Column("MEMORY", right=True),
+        Column("GPU", right=True),
+    ]
+    rows = [
+        (
+            f"{m.worker}{' leader' if m.worker == view.gang.leader else ''}",
+            m.host,
+            _ranks(m.first_rank, m.nproc_per_node) + (" leaving" if m.leaving else ""),
+            labels.UNKNOWN if m.cpu_percent is None else f"{m.cpu_percent:.0f}%",
+            labels.size(m.memory_bytes),
+            " ".join(f"{share:.0f}%" for share in m.gpu_percent) or labels.UNKNOWN,
+        )
+        for m in view.gang.members
+    ]
+    out.table(columns, rows)
+
+
+def _ranks(first: int | None, count: int) -> str:
+    from dtp_tui import labels
+
+    if first is None:
+        return labels.UNKNOWN
+    return str(first) if count == 1 else f"{first}-{first + count - 1}"
+
+
+def _print_attempts(out: Output, attempts: Sequence[Attempt]) -> None:
+    from dtp_tui import labels
+
+    if not attempts:
+        return
+    _heading(out, "Attempts")
+    for attempt in attempts:
+        end = labels.clock(attempt.ended_at) if attempt.ended_at else "now"
+        began = labels.moment(attempt.created_at)
+        workers = labels.plural(len(attempt.placements), "worker")
+        out.say(f"  {attempt.number}  {began} to {end}  {workers}  {attempt.outcome}".rstrip())
+
+
+def _print_events(out: Output, events: Sequence[Event]) -> None:
+    from dtp_tui.commands.events import event_line
+
+    if not events:
+        return
+    _heading(out, "Last events")
+    for event in events[-EVENTS_SHOWN:]:
+        out.say(f"  {event_line(out, event)}")
+
+
+def _print_spec(out: Output, view: JobView) -> None:
+    import yaml
+
+    from dtp_tui.records import spec_record
+
+    _heading(out, "Job file, defaults filled in")
+    text = yaml.safe_dump(spec_record(view.job.spec), sort_keys=False, allow_unicode=True)
+    for line in text.splitlines():
+        out.say(f"  {line}")

@@ -1,0 +1,28 @@
+"""`dtp tui`: the dashboard."""
+
+from __future__ import annotations
+
+import sys
+from typing import Annotated
+
+import typer
+
+from dtp_tui.commands.options import complete_job
+
+
+def command(
+    job: Annotated[
+        str | None,
+        typer.Argument(
+            metavar="[JOB]",
+            help="Open on this job.",
+            autocompletion=complete_job,
+            show_default=False,
+        ),
+    ] = None,
+) -> None:
+    """Open the dashboard; the same as `dtp-tui`."""
+    from dtp_tui.app import main
+
+    sys.argv = ["dtp-tui", *([job] if job else [])]
+    main()

@@ -1,0 +1,304 @@
+"""All of stdout and stderr of the command line: tables, JSON lines, tones, exit codes.
+
+With ``--json`` stdout holds one JSON object a line and nothing else; words for people go to stderr.
+"""
+
+from __future__ import annotations
+
+import json
+import math
+import os
+import re
+import shutil
+import sys
+import unicodedata
+from collections.abc import Mapping, Sequence
+from contextlib import suppress
+from dataclasses import dataclass
+from datetime import datetime
+from enum import IntEnum
+from typing import Any, NoReturn, TextIO
+
+from dtp_engine.jobs import Job, JobState, Reason
+from dtp_tui.labels import Label, Tone
+
+LONGEST_LINE = 4000
+"""Characters of one line of a job's output shown to people; JSON and pipes get all of it."""
+
+
+class Exit(IntEnum):
+    """Exit codes of `dtp`; `docs/` and `dtp wait --help` tell the same."""
+
+    SUCCEEDED = 0
+    JOB_FAILED = 1
+    USAGE = 2
+    CANCELLED = 3
+    NO_CAPACITY = 4
+    LIMIT = 5
+    """A budget or `max_duration` ended the job."""
+    HANG = 6
+    INFRASTRUCTURE = 7
+    PAUSED = 8
+    TIMEOUT = 124
+    """`dtp wait --timeout` ran out; the job goes on."""
+    DETACHED = 130
+    BROKEN_PIPE = 141
+
+
+_BY_REASON = {
+    Reason.NO_CAPACITY: Exit.NO_CAPACITY,
+    Reason.BUDGET: Exit.LIMIT,
+    Reason.MAX_DURATION: Exit.LIMIT,
+    Reason.HANG: Exit.HANG,
+    Reason.START_TIMEOUT: Exit.HANG,
+    Reason.INFRASTRUCTURE: Exit.INFRASTRUCTURE,
+    Reason.WORKER_LOST: Exit.INFRASTRUCTURE,
+    Reason.SPOT_INTERRUPTION: Exit.INFRASTRUCTURE,
+}
+
+
+def exit_code_of(job: Job) -> Exit:
+    """What `run` and `wait` exit with once the job has come to rest; 0 while it is active."""
+    match job.state:
+        case JobState.SUCCEEDED:
+            return Exit.SUCCEEDED
+        case JobState.FAILED:
+            return _BY_REASON.get(job.reason, Exit.JOB_FAILED) if job.reason else Exit.JOB_FAILED
+        case JobState.CANCELLED:
+            return Exit.LIMIT if _at_limit(job) else Exit.CANCELLED
+        case JobState.PAUSED:
+            return Exit.LIMIT if _at_limit(job) else Exit.PAUSED
+        case _:
+            return Exit.SUCCEEDED
+
+
+def _at_limit(job: Job) -> bool:
+    return job.reason in (Reason.BUDGET, Reason.MAX_DURATION)
+
+
+@dataclass(frozen=True, slots=True)
+class Cell:
+    text: str
+    tone: Tone = Tone.PLAIN
+
+
+@dataclass(frozen=True, slots=True)
+class Column:
+    title: str
+    right: bool = False
+    drop: int = 0
+    """On a narrow terminal the column with the highest number leaves first; 0 never leaves."""
+
+
+Row = Sequence[Cell | Label | str]
+_COLOURS = {
+    Tone.GOOD: "32",
+    Tone.BUSY: "36",
+    Tone.WARN: "33",
+    Tone.BAD: "31",
+    Tone.QUIET: "2",
+}
+_ESCAPES = re.compile(r"\x1b\[[0-9;?]*[A-Za-ln-z]|\x1b\][^\x07\x1b]*(\x07|\x1b\\)|\x1b[@-Z\\-_]")
+
+
+class Output:
+    """Where one command writes. `live` flushes each line, for commands that follow."""
+
+    def __init__(self, *, json_lines: bool = False, live: bool = False) -> None:
+        self.json_lines = json_lines
+        self._people: TextIO = sys.stderr if json_lines else sys.stdout
+        self.terminal = is_terminal(self._people)
+        self.colour = self.terminal and wants_colour()
+        if live:
+            _buffer_by_line(sys.stdout)
+
+    def emit(self, record: Mapping[str, Any]) -> None:
+        """One JSON line."""
+        _write(sys.stdout, json_line(record))
+
+    def say(self, text: str = "") -> None:
+        """A line for people."""
+        _write(self._people, text)
+
+    def hint(self, text: str) -> None:
+        """A quiet line for people, about what to type next."""
+        note(self.paint(text, Tone.QUIET) if is_terminal(sys.stderr) and self.colour else text)
+
+    def paint(self, text: str, tone: Tone) -> str:
+        code = _COLOURS.get(tone)
+        return f"\x1b[{code}m{text}\x1b[0m" if self.colour and code and text else text
+
+    def label(self, label: Label) -> str:
+        return self.paint(str(label), label.tone)
+
+    def table(self, columns: Sequence[Column], rows: Sequence[Row]) -> None:
+        """Aligned columns; on a terminal as wide as it is, in a pipe as wide as they are."""
+        cells = [[_cell(item) for item in row] for row in rows]
+        width = terminal_width() if self.terminal else None
+        for line in lay_out(columns, cells, width, self.paint):
+            self.say(line)
+
+
+def note(text: str) -> None:
+    """A line on stderr."""
+    _write(sys.stderr, text)
+
+
+def fail(text: str, code: int) -> NoReturn:
+    """One line on stderr, and out."""
+    note(f"dtp: {text}")
+    sys.exit(code)
+
+
+def _write(stream: TextIO, text: str) -> None:
+    try:
+        stream.write(text + "\n")
+        if stream is sys.stderr:
+            stream.flush()
+    except BrokenPipeError as error:
+        raise ReaderGone from error
+
+
+class ReaderGone(Exception):
+    """Nobody reads the output any more (``dtp ps | head -1``)."""
+
+
+def leave_quietly() -> NoReturn:
+    """After `ReaderGone`; Python must not flush to the closed pipe on its way out."""
+    with suppress(OSError, ValueError):
+        nowhere = os.open(os.devnull, os.O_WRONLY)
+        os.dup2(nowhere, sys.stdout.fileno())
+    sys.exit(Exit.BROKEN_PIPE)
+
+
+def prepare_streams() -> None:
+    """A character that the terminal cannot show becomes a question mark, never a traceback."""
+    for stream in (sys.stdout, sys.stderr):
+        with suppress(AttributeError, ValueError):
+            stream.reconfigure(errors="replace")  # type: ignore[union-attr]
+
+
+def _buffer_by_line(stream: TextIO) -> None:
+    with suppress(AttributeError, ValueError):
+        stream.reconfigure(line_buffering=True)  # type: ignore[attr-defined]
+
+
+def is_terminal(stream: TextIO) -> bool:
+    return stream.isatty() and os.environ.get("TERM") != "dumb"
+
+
+def wants_colour() -> bool:
+    """Not with NO_COLOR set to anything (no-color.org)."""
+    return not os.environ.get("NO_COLOR")
+
+
+def terminal_width() -> int:
+    return max(shutil.get_terminal_size((80, 24)).columns, 20)
+
+
+def json_line(record: Mapping[str, Any]) -> str:
+    """Strict JSON: times as ISO 8601 in UTC; NaN and infinities, which JSON lacks, as text."""
+    return json.dumps(_plain(record), ensure_ascii=False, separators=(",", ":"))
+
+
+def _plain(value: Any) -> Any:
+    if isinstance(value, Mapping):
+        return {str(key): _plain(item) for key, item in value.items()}
+    if isinstance(value, list | tuple):
+        return [_plain(item) for item in value]
+    if isinstance(value, float) and not math.isfinite(value):
+        return "NaN" if math.isnan(value) else "Infinity" if value > 0 else "-Infinity"
+    if isinstance(value, datetime):
+        return value.isoformat()
+    return value
+
+
+def shown_line(text: str) -> str:
+    """A line of a job's output, safe for a terminal: colours stay, what moves the cursor goes."""
+    if len(text) > LONGEST_LINE:
+        text = f"{text[:LONGEST_LINE]}… ({len(text):,} characters)"
+    if text.isprintable():
+        return text
+    text = _ESCAPES.sub("", text.expandtabs())
+    kept = "".join(c if c.isprintable() or c == "\x1b" else "�" for c in text)
+    return f"{kept}\x1b[0m" if "\x1b" in kept else kept
+
+
+# ------------------------------------------------------------------------------------------ tables
+
+
+def _cell(item: Cell | Label | str) -> Cell:
+    if isinstance(item, Label):
+        return Cell(str(item), item.tone)
+    return Cell(item) if isinstance(item, str) else item
+
+
+def cells_wide(text: str) -> int:
+    """Columns that a text takes on a terminal."""
+    if text.isascii():
+        return len(text)
+    return sum(
+        0 if unicodedata.combining(c) else 2 if unicodedata.east_asian_width(c) in "WF" else 1
+        for c in text
+    )
+
+
+def lay_out(
+    columns: Sequence[Column],
+    rows: Sequence[Sequence[Cell]],
+    width: int | None,
+    paint: Any = lambda text, _: text,
+) -> list[str]:
+    """Title line and rows, at most `width` cells wide (None: as wide as they are)."""
+    kept = list(range(len(columns)))
+    widths = [
+        max(cells_wide(text) for text in (column.title, *(row[i].text for row in rows)))
+        for i, column in enumerate(columns)
+    ]
+    while width is not None and _total(widths, kept) > width:
+        leaving = max(kept, key=lambda i: columns[i].drop)
+        if columns[leaving].drop == 0:
+            _shrink(widths, kept, width)
+            break
+        kept.remove(leaving)
+    titles = [Cell(column.title, Tone.QUIET) for column in columns]
+    return [_line(columns, row, widths, kept, paint) for row in (titles, *rows)]
+
+
+def _total(widths: Sequence[int], kept: Sequence[int]) -> int:
+    return sum(widths[i] for i in kept) + 2 * (len(kept) - 1)
+
+
+def _shrink(widths: list[int], kept: Sequence[int], width: int) -> None:
+    """Take from the widest column until the row fits."""
+    while _total(widths, kept) > width:
+        widest = max(kept, key=lambda i: widths[i])
+        if widths[widest] <= 4:
+            return
+        widths[widest] -= 1
+
+
+def _line(
+    columns: Sequence[Column],
+    row: Sequence[Cell],
+    widths: Sequence[int],
+    kept: Sequence[int],
+    paint: Any,
+) -> str:
+    parts: list[str] = []
+    for i in kept:
+        text = shorten(row[i].text, widths[i])
+        room = " " * (widths[i] - cells_wide(text))
+        painted = paint(text, row[i].tone)
+        last = i == kept[-1] and not columns[i].right
+        parts.append(room + painted if columns[i].right else painted + ("" if last else room))
+    return "  ".join(parts).rstrip()
+
+
+def shorten(text: str, width: int) -> str:
+    """At most `width` cells, with an ellipsis where something is missing."""
+    if cells_wide(text) <= width:
+        return text
+    while text and cells_wide(text) > width - 1:
+        text = text[:-1]
+    return text + "…"
