@@ -4,7 +4,7 @@ the file ``order`` beside its launch file, one order after the other. Standard l
 Orders: ``{"say": [lines]}``, ``{"exit": code}``. What it does by itself is set in the job's env:
 ``STUBBORN`` ignores SIGTERM, ``STRAGGLER`` leaves a process in a session of its own, ``RANK`` one
 that is only known by its record, ``LINGERS`` runs on after its exit was written, ``BROKEN`` dies
-before its claim, ``SLOW`` claims only when ``order`` appears.
+before its claim, ``SLOW`` claims only when the file ``go`` appears.
 """
 
 import json
@@ -60,7 +60,7 @@ def take_order() -> dict[str, object]:
 def main() -> None:
     if "BROKEN" in LAUNCH["env"]:
         sys.exit("no module named torch")
-    while "SLOW" in LAUNCH["env"] and not ORDER.exists():
+    while "SLOW" in LAUNCH["env"] and not PATH.with_name("go").exists():
         time.sleep(0.01)
     try:
         record(PATH.with_name("claim"), os.getpid())
