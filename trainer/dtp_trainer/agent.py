@@ -1,0 +1,312 @@
+"""A worker's agent: claims the worker, prepares it, takes its part in the gang, says how it ended.
+
+``python -P -m dtp_trainer.agent`` with ``DTP_LAUNCH`` = path of the launch file. Beside that file
+it makes ``claim`` (whoever made it is the worker; a second agent leaves at once) and, as its last
+act, ``exit.json``. Stdout is the worker's log: records and text lines, see `wire`.
+"""
+
+from __future__ import annotations
+
+import asyncio
+import contextlib
+import json
+import logging
+import os
+import random
+import signal
+import sys
+import time
+import traceback
+from collections.abc import Callable
+from dataclasses import dataclass
+from pathlib import Path
+
+from dtp_trainer import claims, election, links, steady
+from dtp_trainer.crew import warm_spec
+from dtp_trainer.election import Led, Over, Vacant
+from dtp_trainer.hosts import HostSampler
+from dtp_trainer.leader import Leader
+from dtp_trainer.lines import Lines
+from dtp_trainer.member import Member
+from dtp_trainer.office import Office
+from dtp_trainer.preparation import SetupFailed, run_setup
+from dtp_trainer.ranks import RankLauncher
+from dtp_trainer.report import inherit
+from dtp_trainer.storage import Conflict, Storage, StorageError, open_storage
+from dtp_trainer.wire import Env, Exit, ExitCode, Launch
+
+STALE_S = 5.0
+"""A leader that cannot be reached is replaced once its ``gang.json`` stood still for so long."""
+RETRY_S = 0.2
+FAREWELL_S = 8.0
+"""How long a leader may take to dismiss the others after its own worker was dismissed."""
+OWN_SHARE_OF_GRACE = 0.9
+"""Ranks are killed when this much of the grace is over; the rest is for the last words."""
+
+log = logging.getLogger("dtp.agent")
+
+
+@dataclass(frozen=True, slots=True)
+class Ending:
+    code: int
+    reason: str
+
+
+class Agent:
+    """One worker, from its claim to its exit."""
+
+    def __init__(self, launch: Launch, lines: Lines, launcher: RankLauncher) -> None:
+        self._launch, self._lines, self._launcher = launch, lines, launcher
+        self._storage: Storage = open_storage(launch.storage)
+        self._member = Member(launch, launcher=launcher, lines=lines)
+        self._leading: asyncio.Task[None] | None = None
+        self._working: asyncio.Task[Ending] | None = None
+        self._seen: tuple[str | None, float] = (None, steady.now())
+        """The newest tag of ``gang.json`` and when it was first seen."""
+        self._storage_trouble = ""
+        self._given_up = "left as asked, before it took part"
+
+    async def run(self) -> Ending:
+        """Work until dismissed, or until the grace after SIGTERM is over."""
+        loop = asyncio.get_running_loop()
+        loop.add_signal_handler(signal.SIGTERM, self._on_sigterm)
+        sampler = HostSampler(
+            self._launch.worker,
+            roots=lambda: (os.getpid(), *self._member.rank_pids),
+            deliver=lambda host: _soon(loop, lambda: self._member.sampled(host)),
+            env={**os.environ, **self._launch.env},
+        )
+        sampler.start()
+        self._working = loop.create_task(self._work())
+        try:
+            return await self._working
+        except asyncio.CancelledError:
+            return Ending(ExitCode.PAUSED, self._given_up)
+        finally:
+            sampler.stop()
+            await self._stop_leading()
+
+    # ------------------------------------------------------------------------------------ stopping
+
+    def _on_sigterm(self) -> None:
+        if self._member.leaving:
+            return
+        self._member.leave()
+        if not self._member.in_gang and self._working is not None:
+            self._working.cancel()
+            return
+        loop = asyncio.get_running_loop()
+        loop.call_later(self._launch.grace_s * OWN_SHARE_OF_GRACE, self._member.kill)
+        loop.call_later(self._launch.grace_s, self._give_up)
+
+    def _give_up(self) -> None:
+        self._given_up = "left as asked; its leader did not let it go in time"
+        if self._working is not None:
+            self._working.cancel()
+
+    async def _stop_leading(self) -> None:
+        """Others may still be reading their dismissal."""
+        if self._leading is None:
+            return
+        await asyncio.wait([self._leading], timeout=FAREWELL_S)
+        self._leading.cancel()
+        await asyncio.wait([self._leading])
+
+    # ------------------------------------------------------------------------------------- working
+
+    async def _work(self) -> Ending:
+        warming = asyncio.create_task(self._launcher.warm(warm_spec(self._launch)))
+        try:
+            await self._set_up()
+            return await self._take_part()
+        finally:
+            warming.cancel()
+
+    async def _set_up(self) -> None:
+        """A failure is told to the gang: the others need not wait for this worker."""
+        try:
+            await run_setup(self._launch, self._lines)
+        except SetupFailed as error:
+            self._member.unfit = str(error)
+
+    async def _take_part(self) -> Ending:
+        """Find the leader, or become it; serve; and again whenever it is lost."""
+        alone_since = steady.now()
+        while True:
+            ending, served = await self._serve_once()
+            if ending is not None:
+                return ending
+            if self._member.leaving:
+                return Ending(ExitCode.PAUSED, "left as asked, after its leader was lost")
+            if served:
+                alone_since = steady.now()
+                continue
+            if steady.now() - alone_since > self._launch.start_within_s:
+                why = self._storage_trouble or "its leader cannot be reached"
+                return Ending(ExitCode.NO_GANG, f"no gang: {why}")
+            await asyncio.sleep(RETRY_S * random.uniform(0.5, 1.5))
+
+    async def _serve_once(self) -> tuple[Ending | None, bool]:
+        """How it ended, if it did; and whether there is reason to try again at once."""
+        try:
+            sight = await asyncio.to_thread(election.look, self._storage)
+        except StorageError as error:
+            self._complain(error)
+            return None, False
+        if sight.tag != self._seen[0]:
+            self._seen = (sight.tag, steady.now())
+        match election.judge(sight.gang, self._launch.attempt):
+            case Over(code, reason):
+                return Ending(code, reason), True
+            case Vacant():
+                return None, await self._campaign(sight)
+            case Led(address):
+                return await self._join(address, sight)
+
+    async def _join(self, address: str, sight: election.Sight) -> tuple[Ending | None, bool]:
+        try:
+            link = await links.connect(
+                address, secret=self._launch.secret, scope=links.scope_of(self._launch)
+            )
+        except links.Refused as error:
+            return Ending(ExitCode.FENCED, f"the gang refused this worker: {error}"), True
+        except links.Vacated:
+            return None, await self._campaign(sight)
+        except (links.Unreachable, links.Impostor) as error:
+            log.warning("%s", error)
+            stale = steady.now() - self._seen[1] > STALE_S
+            return None, stale and await self._campaign(sight)
+        dismissed = await self._member.serve(link)
+        if dismissed is None:
+            return None, True
+        return Ending(dismissed.code, dismissed.reason), True
+
+    async def _campaign(self, sight: election.Sight) -> bool:
+        """Try to become leader; True when somebody leads now."""
+        if self._leading is not None and not self._leading.done():
+            return False
+        elected: asyncio.Future[Leader] = asyncio.get_running_loop().create_future()
+        server = await self._open_door(elected)
+        try:
+            leader = await self._elect(sight, server.sockets[0].getsockname()[1])
+        except StorageError as error:
+            elected.cancel()
+            server.close()
+            if not isinstance(error, Conflict):
+                self._complain(error)
+            return isinstance(error, Conflict)
+        elected.set_result(leader)
+        self._leading = asyncio.create_task(leader.run(server))
+        return True
+
+    async def _elect(self, sight: election.Sight, port: int) -> Leader:
+        """Raises `Conflict` when another worker was faster, `StorageError`."""
+        launch = self._launch
+        mandate = await asyncio.to_thread(
+            election.take_office,
+            self._storage,
+            sight,
+            attempt=launch.attempt,
+            worker=launch.worker,
+            address=f"{launch.host}:{port}",
+        )
+        state = inherit(sight.gang, launch, steady.now())
+        return Leader(launch, self._storage, Office(self._storage, mandate), state)
+
+    async def _open_door(self, elected: asyncio.Future[Leader]) -> asyncio.Server:
+        """A server that hands its visitors to the leader, as soon as it is elected."""
+
+        async def visit(reader: asyncio.StreamReader, writer: asyncio.StreamWriter) -> None:
+            try:
+                leader = await asyncio.shield(elected)
+            except asyncio.CancelledError:
+                writer.close()
+            else:
+                await leader.welcome(reader, writer)
+
+        return await asyncio.start_server(visit, self._launch.host, 0, limit=links.LONGEST_LINE)
+
+    def _complain(self, error: StorageError) -> None:
+        if str(error) != self._storage_trouble:
+            self._storage_trouble = str(error)
+            log.warning("%s", error)
+
+
+class _LogLines(logging.Handler):
+    """Warnings of the agent are text lines of its worker."""
+
+    def __init__(self, lines: Lines, source: str) -> None:
+        super().__init__(logging.WARNING)
+        self._lines, self._source = lines, source
+
+    def emit(self, record: logging.LogRecord) -> None:
+        self._lines.say(self._source, f"dtp: {record.getMessage()}")
+
+
+def _soon(loop: asyncio.AbstractEventLoop, call: Callable[[], None]) -> None:
+    """From another thread; nothing when the loop has ended."""
+    with contextlib.suppress(RuntimeError):
+        loop.call_soon_threadsafe(call)
+
+
+async def _live(launch: Launch, lines: Lines) -> Ending:
+    zygotes = Path(launch.zygotes)
+    async with RankLauncher(zygotes=zygotes, idle_s=launch.zygote_idle_s) as launcher:
+        return await Agent(launch, lines, launcher).run()
+
+
+def _work(launch: Launch, lines: Lines) -> Ending:
+    """A mistake of ours ends the worker with one line; the rest is in a file."""
+    loop = asyncio.new_event_loop()
+    asyncio.set_event_loop(loop)
+    try:
+        return loop.run_until_complete(_live(launch, lines))
+    except Exception as error:  # noqa: BLE001 - the last one who can say why the worker ended
+        with contextlib.suppress(OSError):
+            (Path(launch.scratch) / "agent-error.txt").write_text(traceback.format_exc())
+        return Ending(ExitCode.FAILED, f"the agent failed: {type(error).__name__}: {error}")
+
+
+def _read_launch(path: Path) -> Launch:
+    """Raises `OSError`, `ValueError`, `TypeError`."""
+    launch: Launch = Launch.from_dict(json.loads(path.read_bytes()))
+    return launch
+
+
+def _be_independent() -> None:
+    """A terminal that closes, or Ctrl-C in it, is no business of a worker."""
+    signal.signal(signal.SIGHUP, signal.SIG_IGN)
+    signal.signal(signal.SIGINT, signal.SIG_IGN)
+    if os.getpid() != os.getsid(0):
+        with contextlib.suppress(OSError):  # a leader of a process group cannot begin a session
+            os.setsid()
+
+
+def main() -> int:
+    path = Path(os.environ.get(Env.LAUNCH, ""))
+    lines = Lines()
+    try:
+        launch = _read_launch(path)
+        claimed = claims.take_claim(path.parent)
+    except (OSError, ValueError, TypeError) as error:
+        lines.say("agent", f"dtp: {Env.LAUNCH}={path} cannot be used: {error}")
+        return ExitCode.SETUP_FAILED
+    source = f"worker{launch.worker}"
+    if not claimed:
+        lines.say(source, "dtp: this worker was claimed before; a second agent leaves")
+        return ExitCode.FENCED
+    _be_independent()
+    logging.getLogger("dtp").addHandler(_LogLines(lines, source))
+    ending = _work(launch, lines)
+    ended = Exit(time.time(), launch.worker, ending.code, ending.reason)
+    lines.record(ended)
+    with contextlib.suppress(OSError):
+        claims.write_exit(path.parent, ended)
+    return ending.code
+
+
+if __name__ == "__main__":
+    # Not by way of the interpreter's end: that waits for every thread, however stuck its disk is.
+    code = main()
+    sys.stdout.flush()
+    os._exit(code)

@@ -1,0 +1,92 @@
+"""Which rank failed first, and what to call its failure: pure functions over how ranks exited."""
+
+from __future__ import annotations
+
+import re
+import signal
+from collections.abc import Iterable, Sequence
+
+from dtp_trainer.messages import RankExited
+from dtp_trainer.wire import ExitCode
+
+_PEER_ERRORS = re.compile(
+    r"connection (was )?(closed|reset|refused)|broken pipe|closed by peer|gloo|nccl|ucc|"
+    r"DistBackendError|DistNetworkError|DistStoreError|remote process|socket ?timeout",
+    re.IGNORECASE,
+)
+_RANK_PREFIX = re.compile(r"^\[rank\d+\]:\s*")  # torch's own, on each line of a traceback
+_ERROR_NAME = re.compile(r"^[A-Za-z_][\w.]*(Error|Exception|Interrupt|Exit)\b")
+_LONGEST = 300
+
+
+def shell_code(code: int) -> int:
+    """A process's exit code as a shell shows it: 128 + signal for one that a signal ended."""
+    return 128 - code if code < 0 else code
+
+
+def left_as_asked(exited: RankExited) -> bool:
+    """How ranks end that were sent SIGTERM, with a checkpoint or without."""
+    asked = (ExitCode.SUCCEEDED, ExitCode.PAUSED, 128 + signal.SIGTERM)
+    return exited.killed or shell_code(exited.code) in asked
+
+
+def failed(exited: RankExited) -> bool:
+    """It ended by itself, and neither well nor with a pause."""
+    return not exited.killed and exited.code not in (ExitCode.SUCCEEDED, ExitCode.PAUSED)
+
+
+def culprit(exits: Iterable[RankExited]) -> RankExited | None:
+    """The rank whose failure explains the others, in order of their exits.
+
+    Ranks that lose a peer fail too, often before the one that caused it has left its interpreter.
+    So what counts first is an own error, then a signal, then an own error of a rank that was
+    killed while it was leaving; the errors of those that only lost a peer count last.
+    """
+    suspects = [e for e in exits if _suspicion(e) is not None]
+    return min(suspects, key=lambda e: _suspicion(e) or 0, default=None)
+
+
+def outcome(exited: RankExited) -> int:
+    """The exit code that stands for a failed rank, as a shell shows it; never 0."""
+    code = 1 if exited.killed else exited.code
+    return shell_code(code) or 1
+
+
+def lost_a_peer(exited: RankExited) -> bool:
+    return bool(_PEER_ERRORS.search(exited.error))
+
+
+def _suspicion(exited: RankExited) -> int | None:
+    own_error = bool(_ERROR_NAME.match(exited.error)) and not lost_a_peer(exited)
+    if exited.unstartable:
+        return 0
+    if failed(exited):
+        return 3 if lost_a_peer(exited) else 1
+    return 2 if exited.killed and own_error else None
+
+
+def describe(exited: RankExited) -> str:
+    """
+    >>> describe(RankExited(generation=1, rank=3, code=-9))
+    'killed by SIGKILL'
+    """
+    if exited.code < 0 and not exited.killed:
+        return f"killed by {_signal_name(-exited.code)}"
+    if exited.error:
+        return exited.error
+    return f"exit code {exited.code}"
+
+
+def last_error(stderr: Sequence[str]) -> str:
+    """The line that names the error: the end of the last traceback, else the last line."""
+    lines = [_RANK_PREFIX.sub("", line).strip() for line in stderr]
+    written = [line for line in lines if line]
+    named = [line for line in written if _ERROR_NAME.match(line)] or written
+    return named[-1][:_LONGEST] if named else ""
+
+
+def _signal_name(number: int) -> str:
+    try:
+        return signal.Signals(number).name
+    except ValueError:
+        return f"signal {number}"

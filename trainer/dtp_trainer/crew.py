@@ -1,0 +1,262 @@
+"""The ranks of one worker in one generation: started, listened to, drained, killed."""
+
+from __future__ import annotations
+
+import asyncio
+import contextlib
+import json
+import os
+import signal
+from collections import deque
+from collections.abc import Callable, Mapping
+from pathlib import Path
+from typing import Any
+
+import psutil
+
+from dtp_trainer import blame
+from dtp_trainer.folding import Folder, StepTail
+from dtp_trainer.lines import TAIL_LINES, Lines, pump
+from dtp_trainer.messages import RankExited, Start
+from dtp_trainer.rank_env import rank_env
+from dtp_trainer.ranks import RankError, RankLauncher, RankProcess, RankSpec
+from dtp_trainer.wire import RANKS_FOLDER, Env, Launch, ProcessRecord, Window, encode_object
+
+POLL_S = 0.2
+WINDOW_S = 1.0
+OUTPUT_S, OUTPUT_OF_FAILED_S = 2.0, 0.3
+"""After a rank's end: how long the last lines of its output are waited for."""
+_SHELLS = frozenset({"sh", "bash", "dash", "zsh", "ksh", "fish"})
+_NOT_STARTED = (126, 127)
+
+
+class Crew:
+    """`run` starts the ranks and returns when nothing of them is left.
+
+    exited: called once a rank, at once, with how it ended. stepped: called with each new window.
+    """
+
+    def __init__(
+        self,
+        launch: Launch,
+        order: Start,
+        *,
+        launcher: RankLauncher,
+        lines: Lines,
+        exited: Callable[[RankExited], None],
+        stepped: Callable[[Window], None],
+    ) -> None:
+        self.order = order
+        self._launch, self._launcher, self._lines = launch, launcher, lines
+        self._exited, self._stepped = exited, stepped
+        self._ranks: dict[int, RankProcess] = {}
+        self._killed = self._drained = False
+        self._folder = Folder(launch.worker)
+        scratch = Path(launch.scratch)
+        self._steps_folder = scratch / f"steps.g{order.generation:04d}"
+        self._records = scratch / RANKS_FOLDER
+        self._tails = {rank: StepTail(self._steps_file(rank)) for rank in self.numbers}
+
+    @property
+    def numbers(self) -> range:
+        """Global ranks."""
+        first = self.order.first_rank
+        return range(first, first + self._launch.nproc_per_node)
+
+    @property
+    def pids(self) -> tuple[int, ...]:
+        """Of the ranks that run."""
+        return tuple(r.pid for r in self._ranks.values() if r.exit is None)
+
+    @property
+    def reporting(self) -> bool:
+        """The ranks opened their step files."""
+        return bool(self._folder.last) or any(tail.opened for tail in self._tails.values())
+
+    @property
+    def steps(self) -> dict[str, int]:
+        """Rank → last completed step, 0 before its first; of ranks that run."""
+        alive = [rank for rank, process in self._ranks.items() if process.exit is None]
+        return {str(rank): self._folder.last.get(rank, 0) for rank in alive}
+
+    async def run(self) -> None:
+        self._steps_folder.mkdir(parents=True, exist_ok=True)
+        self._records.mkdir(exist_ok=True)
+        folding = asyncio.create_task(self._fold_always())
+        try:
+            await asyncio.gather(*(self._run_rank(rank) for rank in self.numbers))
+        finally:
+            folding.cancel()
+            await asyncio.wait([folding])
+        self._fold()
+        self._remove_traces()
+
+    def drain(self) -> None:
+        """SIGTERM: checkpoint at the next step boundary and leave."""
+        self._drained = True
+        for rank in self._ranks.values():
+            if rank.exit is None:
+                _ask_to_leave(rank.pid)
+
+    def kill(self) -> None:
+        self._killed = True
+        for rank in self._ranks.values():
+            rank.kill()
+
+    # ------------------------------------------------------------------------------------ one rank
+
+    async def _run_rank(self, rank: int) -> None:
+        tail: deque[str] = deque(maxlen=TAIL_LINES)
+        try:
+            process = await self._launcher.start(self._spec(rank))
+        except (RankError, OSError) as error:
+            self._exited(self._exit(rank, 127, error=str(error), unstartable=True))
+            return
+        self._ranks[rank] = process
+        self._record(process)
+        self._catch_up(process)
+        output = [
+            asyncio.create_task(pump(process.stdout, self._lines, f"rank{rank}", "out")),
+            asyncio.create_task(pump(process.stderr, self._lines, f"rank{rank}", "err", tail)),
+        ]
+        code = await process.wait()
+        await asyncio.wait(output, timeout=OUTPUT_OF_FAILED_S if code else OUTPUT_S)
+        self._read_steps()
+        self._exited(self._exit_of(rank, process, code, tail))
+        for task in output:
+            task.cancel()
+        await asyncio.wait(output)
+
+    def _catch_up(self, process: RankProcess) -> None:
+        """Orders that came while the rank was being started."""
+        if self._killed:
+            process.kill()
+        elif self._drained:
+            _ask_to_leave(process.pid)
+
+    def _spec(self, rank: int) -> RankSpec:
+        error_file = self._error_file(rank)
+        error_file.parent.mkdir(parents=True, exist_ok=True)
+        env = rank_env(
+            self._launch,
+            self.order,
+            rank - self.order.first_rank,
+            inherited=os.environ,
+            steps_file=self._steps_file(rank),
+            error_file=error_file,
+        )
+        return RankSpec(tuple(self._launch.command), env, self._launch.workdir)
+
+    def _exit_of(self, rank: int, process: RankProcess, code: int, tail: deque[str]) -> RankExited:
+        known = process.exit
+        error = (known.error if known else None) or self._recorded_error(rank)
+        killed = self._killed and code == -signal.SIGKILL
+        if not error and code:
+            error = blame.last_error(tail)
+        return self._exit(
+            rank,
+            code,
+            error=error or "",
+            killed=killed,
+            formed_group=bool(known and known.formed_group),
+            unstartable=code in _NOT_STARTED and not self._folder.last,
+        )
+
+    def _exit(
+        self,
+        rank: int,
+        code: int,
+        *,
+        error: str,
+        killed: bool = False,
+        formed_group: bool = False,
+        unstartable: bool = False,
+    ) -> RankExited:
+        return RankExited(
+            generation=self.order.generation,
+            rank=rank,
+            code=code,
+            step=self._folder.last.get(rank, 0),
+            killed=killed,
+            error=error,
+            formed_group=formed_group,
+            unstartable=unstartable,
+        )
+
+    def _recorded_error(self, rank: int) -> str:
+        """What ``torch.distributed.elastic``'s `record` left."""
+        with contextlib.suppress(OSError, ValueError, AttributeError):
+            found: Any = json.loads(self._error_file(rank).read_text())
+            message = found.get("message", "")
+            text = message.get("message", "") if isinstance(message, Mapping) else message
+            return str(text).strip().splitlines()[0][:300] if text else ""
+        return ""
+
+    # --------------------------------------------------------------------------------------- steps
+
+    async def _fold_always(self) -> None:
+        loop = asyncio.get_running_loop()
+        folded_at = 0.0
+        while True:
+            self._read_steps()
+            if loop.time() - folded_at >= WINDOW_S and self._fold():
+                folded_at = loop.time()
+            await asyncio.sleep(POLL_S)
+
+    def _read_steps(self) -> None:
+        for tail in self._tails.values():
+            self._folder.add(tail.read())
+
+    def _fold(self) -> bool:
+        window = self._folder.fold()
+        if window is not None:
+            self._stepped(window)
+        return window is not None
+
+    # --------------------------------------------------------------------------------------- files
+
+    def _steps_file(self, rank: int) -> Path:
+        return self._steps_folder / f"rank-{rank:05d}.jsonl"
+
+    def _error_file(self, rank: int) -> Path:
+        return self._steps_folder / f"rank-{rank:05d}.error.json"
+
+    def _record(self, process: RankProcess) -> None:
+        """So that what this worker leaves behind, should it be killed, can be found."""
+        with contextlib.suppress(OSError):
+            record = ProcessRecord(process.pid, process.start_time)
+            (self._records / f"{process.pid}.json").write_bytes(encode_object(record))
+
+    def _remove_traces(self) -> None:
+        with contextlib.suppress(OSError):
+            for process in self._ranks.values():
+                (self._records / f"{process.pid}.json").unlink(missing_ok=True)
+            for file in self._steps_folder.iterdir():
+                file.unlink()
+            self._steps_folder.rmdir()
+
+
+def warm_spec(launch: Launch) -> RankSpec:
+    """Enough of a rank for the launcher to make its warm process ready."""
+    env = {**os.environ, **launch.env}
+    env.pop(Env.LAUNCH, None)
+    return RankSpec(tuple(launch.command), env, launch.workdir)
+
+
+def _ask_to_leave(pid: int) -> None:
+    """To the script itself: a shell would die of the signal and leave its script an orphan, and
+    the processes that a script started (loaders of data) are its own to end."""
+    for number in _scripts(pid):
+        with contextlib.suppress(ProcessLookupError, PermissionError):
+            os.kill(number, signal.SIGTERM)
+
+
+def _scripts(pid: int) -> list[int]:
+    try:
+        process = psutil.Process(pid)
+        if process.name() not in _SHELLS:
+            return [pid]
+        children = [number for child in process.children() for number in _scripts(child.pid)]
+    except psutil.Error:
+        return [pid]
+    return children or [pid]

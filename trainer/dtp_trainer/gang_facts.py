@@ -1,0 +1,145 @@
+"""What an input changes in the leader's knowledge, before any rule is applied. Pure."""
+
+from __future__ import annotations
+
+from dataclasses import replace
+from typing import assert_never
+
+from dtp_trainer import progress, roster
+from dtp_trainer.gang_state import (
+    Committed,
+    FromMember,
+    Input,
+    Lost,
+    Phase,
+    Prepared,
+    Said,
+    State,
+    Tick,
+    Unprepared,
+)
+from dtp_trainer.messages import Beat, Hello, Leaving, Port, RankExited, RanksGone
+from dtp_trainer.roster import Peer
+
+RETRY_S = 1.0
+
+
+def absorb(state: State, given: Input, now: float) -> State:
+    match given:
+        case Said(worker, message):
+            return _hear(state, worker, message, now)
+        case Lost(worker):
+            return lose(state, worker, now)
+        case Prepared(ticket) if _current(state, ticket):
+            return replace(state, prepared=given)
+        case Unprepared(ticket, why) if _current(state, ticket):
+            state = told(state, now, "not_formed", f"no generation could be formed: {why}")
+            return replace(state, phase=Phase.GATHERING, not_before=now + RETRY_S)
+        case Committed(entry):
+            return replace(state, chronicle=state.chronicle.committed(entry))
+        case Prepared() | Unprepared() | Tick():
+            return state
+        case _:
+            assert_never(given)
+
+
+def told(
+    state: State,
+    at: float,
+    name: str,
+    text: str,
+    *,
+    step: int | None = None,
+    worker: int | None = None,
+    rank: int | None = None,
+) -> State:
+    """An event is added to the gang's chronicle."""
+    chronicle = state.chronicle.tell(at, name, text, step=step, worker=worker, rank=rank)
+    return replace(state, chronicle=chronicle)
+
+
+def lose(state: State, worker: int, now: float) -> State:
+    """A worker's connection ended; an expected end was preceded by its removal from the peers."""
+    peer = state.peers.get(worker)
+    if peer is None:
+        return state
+    state = removed(state, worker)
+    running = worker in state.busy
+    if running:
+        state = replace(state, busy=state.busy - {worker}, lost=(*state.lost, worker))
+    if running or not peer.leaving:
+        text = f"worker {worker} on {peer.host} was lost"
+        state = told(state, now, "worker_lost", text, worker=worker)
+    return state
+
+
+def removed(state: State, worker: int) -> State:
+    peers = {key: value for key, value in state.peers.items() if key != worker}
+    return replace(
+        state,
+        peers=peers,
+        known=state.known - {worker},
+        progress=progress.forget_worker(state.progress, worker),
+    )
+
+
+def _current(state: State, ticket: int) -> bool:
+    return state.phase is Phase.PREPARING and state.ticket == ticket
+
+
+def _hear(state: State, worker: int, message: FromMember, now: float) -> State:
+    match message:
+        case Hello():
+            return _join(state, message, now)
+        case Leaving():
+            return _leave(state, worker, now)
+        case RankExited():
+            return _count_exit(state, worker, message)
+        case RanksGone(generation):
+            current = generation == state.generation
+            return replace(state, busy=state.busy - {worker}) if current else state
+        case Beat():
+            heard = progress.heard(
+                state.progress, worker, message, generation=state.generation, now=now
+            )
+            return replace(state, progress=heard)
+        case Port():
+            return state
+        case _:
+            assert_never(message)
+
+
+def _count_exit(state: State, worker: int, exited: RankExited) -> State:
+    if exited.generation != state.generation or worker not in state.busy:
+        return state
+    shown = progress.forget_ranks(state.progress, (exited.rank,))
+    grouped = shown.formed_group or exited.formed_group
+    return replace(
+        state, exits=(*state.exits, exited), progress=replace(shown, formed_group=grouped)
+    )
+
+
+def _join(state: State, hello: Hello, now: float) -> State:
+    worker = hello.worker
+    peer = Peer(worker, hello.host, hello.nproc, now, hello.leaving, hello.unfit)
+    if worker not in state.known:
+        state = told(
+            state, now, "worker_joined", f"worker {worker} joined from {hello.host}", worker=worker
+        )
+    newest = worker >= max(state.peers, default=worker)
+    return replace(
+        state,
+        peers={**state.peers, worker: peer},
+        known=state.known | {worker},
+        wished=hello.wished if newest else state.wished,
+    )
+
+
+def _leave(state: State, worker: int, now: float) -> State:
+    peer = state.peers.get(worker)
+    if peer is None or peer.leaving:
+        return state
+    peers = {**state.peers, worker: replace(peer, leaving=True)}
+    state = told(state, now, "worker_leaving", f"worker {worker} was asked to stop", worker=worker)
+    remaining = max(1, len(roster.staying(peers)))
+    return replace(state, peers=peers, wished=min(state.wished, remaining))

@@ -1,0 +1,305 @@
+"""The leader of a gang: hears its members, asks `gang.step` what to do, does it, and publishes.
+
+Its own worker is a member like any other, over a connection to itself.
+"""
+
+from __future__ import annotations
+
+import asyncio
+import contextlib
+import logging
+from collections.abc import Coroutine
+from typing import assert_never
+
+from dtp_trainer import gang, heads, links, steady
+from dtp_trainer.gang_state import (
+    Committed,
+    DismissWorker,
+    DrainRanks,
+    Drop,
+    End,
+    Input,
+    KillRanks,
+    Lost,
+    Output,
+    Phase,
+    Prepare,
+    Prepared,
+    Resign,
+    Said,
+    StartSeat,
+    State,
+    Tick,
+    Unprepared,
+)
+from dtp_trainer.links import Link
+from dtp_trainer.messages import (
+    AskPort,
+    Dismiss,
+    Drain,
+    Hello,
+    Kill,
+    Leaving,
+    Port,
+    Pulse,
+    RankExited,
+    RanksGone,
+    Start,
+)
+from dtp_trainer.messages import Beat as MemberBeat
+from dtp_trainer.office import Deposed, Office, raise_fence, unseen
+from dtp_trainer.storage import Storage, StorageError
+from dtp_trainer.wire import ExitCode, Launch
+
+PULSE_S = 1.0
+LOST_AFTER_S = 5.0
+PUBLISH_EVERY_S = 1.0
+ANSWER_S = 5.0
+GOODBYE_S = 3.0
+RETRY_S = 0.2
+
+log = logging.getLogger("dtp.leader")
+
+
+def _start_of(order: StartSeat) -> Start:
+    return Start(
+        generation=order.generation,
+        world_size=order.world_size,
+        first_rank=order.seat.first_rank,
+        group_rank=order.seat.group_rank,
+        group_world_size=order.group_world_size,
+        master_addr=order.master_addr,
+        master_port=order.master_port,
+        restart_count=order.restart_count,
+    )
+
+
+class Leader:
+    """Leads from `run` until the gang has ended, this worker left, or another leader took over."""
+
+    def __init__(self, launch: Launch, storage: Storage, office: Office, state: State) -> None:
+        self._launch, self._storage, self._office = launch, storage, office
+        self._state = state
+        self._links: dict[int, Link] = {}
+        self._ports: dict[int, asyncio.Future[int]] = {}
+        self._tasks: set[asyncio.Task[None]] = set()
+        self._timer: asyncio.TimerHandle | None = None
+        self._over = asyncio.Event()
+        self._news = asyncio.Event()
+        self._parting = asyncio.Condition()
+        self._told = state.chronicle.seq
+
+    async def run(self, server: asyncio.Server) -> None:
+        """`server` hands its connections to `welcome`; it is closed at the end."""
+        self._spawn(self._publish_always())
+        self._spawn(self._keep_contact())
+        self._set_timer()
+        try:
+            await self._over.wait()
+        finally:
+            server.close()
+            if self._timer:
+                self._timer.cancel()
+            for task in self._tasks:
+                task.cancel()
+            await asyncio.gather(*self._tasks, return_exceptions=True)
+            for link in self._links.values():
+                link.close()
+
+    # ------------------------------------------------------------------------------------- members
+
+    async def welcome(self, reader: asyncio.StreamReader, writer: asyncio.StreamWriter) -> None:
+        """A connection: prove, greet, listen until it ends."""
+        try:
+            link = await links.accept(
+                reader,
+                writer,
+                address=self._office.address,
+                secret=self._launch.secret,
+                scope=links.scope_of(self._launch),
+            )
+        except links.Impostor as error:
+            log.warning("%s", error)
+            return
+        hello = await link.receive()
+        if isinstance(hello, Hello) and not self._over.is_set():
+            await self._listen(link, hello)
+        link.close()
+
+    async def _listen(self, link: Link, hello: Hello) -> None:
+        worker = hello.worker
+        if (old := self._links.get(worker)) is not None:
+            old.abort()
+            self._feed(Lost(worker))
+        self._links[worker] = link
+        self._feed(Said(worker, hello))
+        while (message := await link.receive()) is not None and self._links.get(worker) is link:
+            await self._hear(worker, message)
+        if self._links.get(worker) is link:
+            del self._links[worker]
+            self._feed(Lost(worker))
+        async with self._parting:
+            self._parting.notify_all()
+
+    async def _hear(self, worker: int, message: object) -> None:
+        match message:
+            case Port(ticket, port):
+                waiting = self._ports.get(ticket)
+                if waiting is not None and not waiting.done():
+                    waiting.set_result(port)
+            case RanksGone() if self._state.phase is Phase.DRAINING:
+                # So that what is said of the pause names the checkpoint that was its purpose.
+                await self._look_for_checkpoints()
+                self._feed(Said(worker, message))
+            case Hello() | Leaving() | RankExited() | RanksGone() | MemberBeat():
+                self._feed(Said(worker, message))
+            case _:
+                log.warning("worker %d sent a message that is the leader's to send", worker)
+
+    async def _keep_contact(self) -> None:
+        """Pulses out; whoever was silent for too long is lost."""
+        while True:
+            slept_at = steady.now()
+            await asyncio.sleep(PULSE_S)
+            for link in self._links.values():
+                link.send(Pulse())
+            if steady.now() - slept_at > 2 * PULSE_S:
+                continue  # This process stood still: what they sent meanwhile is not read yet.
+            for worker, link in list(self._links.items()):
+                if steady.now() - link.heard_at > LOST_AFTER_S:
+                    log.warning("worker %d was silent for %.0f s", worker, LOST_AFTER_S)
+                    link.abort()
+
+    # ---------------------------------------------------------------------------- decide, then do
+
+    def _feed(self, given: Input) -> None:
+        if self._over.is_set():
+            return
+        self._state, outputs = gang.step(self._state, given, steady.now())
+        for output in outputs:
+            self._do(output)
+        if self._state.chronicle.seq != self._told:
+            self._told = self._state.chronicle.seq
+            self._news.set()
+        self._set_timer()
+
+    def _set_timer(self) -> None:
+        if self._timer:
+            self._timer.cancel()
+        now = steady.now()
+        deadline = gang.next_deadline(self._state, now)
+        if deadline is not None:
+            loop = asyncio.get_running_loop()
+            self._timer = loop.call_later(deadline - now + 0.001, self._feed, Tick())
+
+    def _do(self, output: Output) -> None:
+        match output:
+            case Prepare():
+                self._spawn(self._prepare(output))
+            case StartSeat():
+                self._send(output.seat.worker, _start_of(output))
+            case DrainRanks(worker, generation):
+                self._send(worker, Drain(generation))
+            case KillRanks(worker, generation):
+                self._send(worker, Kill(generation))
+            case DismissWorker(worker, code, reason):
+                self._send(worker, Dismiss(code, reason))
+            case Drop(worker):
+                if link := self._links.pop(worker, None):
+                    link.abort()
+            case End(code, reason):
+                self._spawn(self._say_goodbye(Dismiss(code, reason), {*self._links}))
+            case Resign(reason):
+                farewell = Dismiss(ExitCode.PAUSED, reason)
+                self._spawn(self._say_goodbye(farewell, {self._state.me}))
+            case _:
+                assert_never(output)
+
+    def _send(self, worker: int, message: AskPort | Start | Drain | Kill | Dismiss) -> None:
+        if link := self._links.get(worker):
+            link.send(message)
+
+    async def _prepare(self, order: Prepare) -> None:
+        """The fence, a port and the proof that this worker still leads, all at once."""
+        try:
+            generation, port, _ = await asyncio.gather(
+                asyncio.to_thread(raise_fence, self._storage, order.at_least),
+                self._ask_port(order),
+                self._publish(),
+            )
+        except (StorageError, TimeoutError) as error:
+            why = str(error) or f"worker {order.worker} offers no port"
+            self._feed(Unprepared(order.ticket, why))
+        except Deposed:
+            self._abdicate()
+        else:
+            self._feed(Prepared(order.ticket, generation, port))
+
+    async def _ask_port(self, order: Prepare) -> int:
+        self._ports[order.ticket] = asyncio.get_running_loop().create_future()
+        self._send(order.worker, AskPort(order.ticket))
+        try:
+            return await asyncio.wait_for(self._ports[order.ticket], ANSWER_S)
+        finally:
+            del self._ports[order.ticket]
+
+    async def _say_goodbye(self, farewell: Dismiss, workers: set[int]) -> None:
+        """Publish first: a member that misses the farewell reads the outcome there."""
+        deadline = steady.now() + ANSWER_S
+        try:
+            # Nobody announces that storage works again.
+            while not await self._published() and steady.now() < deadline:  # noqa: ASYNC110
+                await asyncio.sleep(RETRY_S)
+        except Deposed:
+            self._abdicate()
+            return
+        for worker in workers:
+            self._send(worker, farewell)
+        with contextlib.suppress(TimeoutError):
+            async with asyncio.timeout(GOODBYE_S), self._parting:
+                await self._parting.wait_for(lambda: not self._links.keys() & workers)
+        self._over.set()
+
+    # ---------------------------------------------------------------------------------- publishing
+
+    async def _publish_always(self) -> None:
+        while True:
+            self._news.clear()
+            try:
+                await self._look_for_checkpoints()
+                await self._published()
+            except Deposed:
+                self._abdicate()
+                return
+            with contextlib.suppress(TimeoutError):
+                await asyncio.wait_for(self._news.wait(), PUBLISH_EVERY_S)
+
+    async def _published(self) -> bool:
+        """False when storage refuses for another reason than a new leader: training goes on."""
+        try:
+            await self._publish()
+        except StorageError as error:
+            log.warning("%s", error)
+            return False
+        return True
+
+    async def _publish(self) -> None:
+        await self._office.publish(lambda: self._state)
+
+    async def _look_for_checkpoints(self) -> None:
+        try:
+            head = await asyncio.to_thread(heads.read_head, self._storage)
+        except StorageError as error:
+            log.warning("%s", error)
+            return
+        for entry in unseen(head, self._state):
+            self._feed(Committed(entry))
+
+    def _spawn(self, work: Coroutine[None, None, None]) -> None:
+        task = asyncio.get_running_loop().create_task(work)
+        self._tasks.add(task)
+        task.add_done_callback(self._tasks.discard)
+
+    def _abdicate(self) -> None:
+        log.warning("another leader took over; the ranks of this one end")
+        self._over.set()

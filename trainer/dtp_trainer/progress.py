@@ -1,0 +1,138 @@
+"""How far the ranks of a generation are, and which of them is behind. Pure."""
+
+from __future__ import annotations
+
+import dataclasses
+from collections.abc import Iterable, Mapping
+
+from dtp_trainer import wire
+from dtp_trainer.messages import Beat
+
+TREND_WINDOWS = 16
+
+
+@dataclasses.dataclass(frozen=True, slots=True)
+class RankProgress:
+    step: int
+    """The last one completed; 0 before the first of this generation."""
+    at: float
+    """When the leader heard of it."""
+
+
+@dataclasses.dataclass(frozen=True, slots=True)
+class Progress:
+    """Of the job as a whole (what an operator sees) and of each rank (what the watchdog needs)."""
+
+    shown: wire.Gang | None = None
+    """The ``gang.json`` that this leader found; its numbers stand until there are newer ones."""
+    window: wire.Window | None = None
+    """The newest of rank 0."""
+    trend: tuple[float, ...] = ()
+    hosts: Mapping[int, wire.Host] = dataclasses.field(default_factory=dict)
+    ranks: Mapping[int, RankProgress] = dataclasses.field(default_factory=dict)
+    reporting: bool = False
+    """In this generation, ranks opened step files: a missing step means something."""
+    formed_group: bool = False
+    """In this attempt, a rank joined a process group."""
+
+    @property
+    def step(self) -> int | None:
+        """The newest step of the job, None before its first."""
+        steps = [rank.step for rank in self.ranks.values() if rank.step]
+        if self.window is not None:
+            steps.append(self.window.step)
+        if steps:
+            return max(steps)
+        return self.shown.step if self.shown else None
+
+    @property
+    def total_steps(self) -> int | None:
+        source = self.window or self.shown
+        return source.total_steps if source else None
+
+    @property
+    def finished(self) -> bool:
+        """The script told how many steps there are and has taken them all."""
+        step, total = self.step, self.total_steps
+        return step is not None and (total is None or step >= total)
+
+
+def begun(progress: Progress, ranks: Iterable[int], now: float) -> Progress:
+    """A generation with these ranks starts."""
+    fresh = {rank: RankProgress(0, now) for rank in ranks}
+    return dataclasses.replace(progress, ranks=fresh, reporting=False)
+
+
+def heard(progress: Progress, worker: int, beat: Beat, *, generation: int, now: float) -> Progress:
+    """A member's heartbeat; numbers of older generations are left aside."""
+    hosts = {**progress.hosts, worker: beat.host} if beat.host else progress.hosts
+    progress = dataclasses.replace(
+        progress, hosts=hosts, formed_group=progress.formed_group or beat.formed_group
+    )
+    if beat.generation != generation:
+        return progress
+    progress = dataclasses.replace(
+        progress,
+        ranks=_advanced(progress.ranks, beat.steps, now),
+        reporting=progress.reporting or beat.reporting,
+    )
+    return _with_window(progress, beat.window)
+
+
+def forget_worker(progress: Progress, worker: int) -> Progress:
+    hosts = {key: host for key, host in progress.hosts.items() if key != worker}
+    return dataclasses.replace(progress, hosts=hosts)
+
+
+def forget_ranks(progress: Progress, ranks: Iterable[int]) -> Progress:
+    """Ranks that exited are not waited for."""
+    gone = set(ranks)
+    kept = {rank: p for rank, p in progress.ranks.items() if rank not in gone}
+    return dataclasses.replace(progress, ranks=kept)
+
+
+def stalled_since(progress: Progress) -> float | None:
+    """When the slowest rank last moved; None when no rank is running."""
+    return min((rank.at for rank in progress.ranks.values()), default=None)
+
+
+def behind(progress: Progress) -> int | None:
+    """The rank that holds the others up; None when all completed the same step."""
+    steps = {rank: p.step for rank, p in progress.ranks.items()}
+    if len(set(steps.values())) < 2:
+        return None
+    return min(steps, key=lambda rank: (steps[rank], rank))
+
+
+def describe_stall(progress: Progress, seconds: float) -> str:
+    rank = behind(progress)
+    newest = max((p.step for p in progress.ranks.values()), default=0)
+    if rank is None:
+        where = f"all ranks stopped after step {newest}" if newest else "no rank took a step"
+        return f"no step for {seconds:.0f} s: {where}"
+    last = progress.ranks[rank].step
+    return (
+        f"rank {rank} is behind: its last step is {last}, the others' {newest}; "
+        f"no step for {seconds:.0f} s"
+    )
+
+
+def _advanced(
+    ranks: Mapping[int, RankProgress], steps: Mapping[str, int], now: float
+) -> dict[int, RankProgress]:
+    advanced = dict(ranks)
+    for name, step in steps.items():
+        rank = int(name)
+        known = advanced.get(rank)
+        if known is not None and step > known.step:
+            advanced[rank] = RankProgress(step, now)
+    return advanced
+
+
+def _with_window(progress: Progress, window: wire.Window | None) -> Progress:
+    if window is None or window.rank != 0 or window == progress.window:
+        return progress
+    trend = progress.trend
+    if window.samples_per_s is not None:
+        trend = (*trend, window.samples_per_s)[-TREND_WINDOWS:]
+    return dataclasses.replace(progress, window=window, trend=trend)

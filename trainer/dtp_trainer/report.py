@@ -1,0 +1,130 @@
+"""``gang.json`` and the leader's state: what a new leader inherits, and what it tells. Pure."""
+
+from __future__ import annotations
+
+from dataclasses import replace
+
+from dtp_trainer import roster
+from dtp_trainer.chronicle import continued
+from dtp_trainer.gang_facts import told
+from dtp_trainer.gang_state import Phase, Rules, State
+from dtp_trainer.progress import Progress
+from dtp_trainer.wire import Gang, GangPhase, Launch, Member
+
+
+def rules_of(launch: Launch) -> Rules:
+    return Rules(
+        min_workers=launch.min_workers,
+        max_workers=launch.max_workers,
+        error_budget=launch.error_budget,
+        hang_budget=launch.hang_budget,
+        start_within_s=launch.start_within_s,
+        grace_s=launch.grace_s,
+        no_step_for_s=launch.no_step_for_s,
+        train_until=launch.train_until,
+    )
+
+
+def inherit(previous: Gang | None, launch: Launch, now: float) -> State:
+    """The state of a leader that takes office after `previous`.
+
+    Numbers of events and generations go on over all attempts; budgets, within this one.
+    """
+    state = State(
+        rules=rules_of(launch),
+        me=launch.worker,
+        since=now,
+        chronicle=continued(previous),
+        wished=launch.workers,
+        generation=previous.generation if previous else 0,
+        progress=Progress(shown=previous, trend=previous.trend if previous else ()),
+    )
+    if previous is not None and previous.attempt == launch.attempt:
+        state = _go_on(state, previous, now)
+    text = f"worker {state.me} leads attempt {launch.attempt}"
+    return told(state, now, "leader_elected", text, worker=state.me)
+
+
+def _go_on(state: State, previous: Gang, now: float) -> State:
+    formed = previous.world_size > 0
+    leaving = {member.worker for member in previous.members if member.leaving}
+    others = {member.worker for member in previous.members} - leaving - {previous.leader}
+    state = replace(
+        state,
+        formed=formed,
+        expected=frozenset(others | {state.me}) if formed else frozenset(),
+        known=frozenset(others | {state.me}),
+        restarts=previous.restarts,
+        errors_used=previous.errors_used,
+        hangs_used=previous.hangs_used,
+    )
+    if previous.leader in leaving or previous.leader == state.me:
+        return state
+    text = f"worker {previous.leader}, the leader, was lost"
+    state = told(state, now, "worker_lost", text, worker=previous.leader)
+    broken = previous.phase in (GangPhase.RUNNING, GangPhase.DRAINING)
+    return replace(state, restarts=state.restarts + (1 if broken else 0))
+
+
+def report(state: State, *, attempt: int, term: int, address: str, now: float) -> Gang:
+    """What the leader writes to ``gang.json``; `now` is wall time."""
+    running = state.phase in (Phase.RUNNING, Phase.DRAINING)
+    window = state.progress.window
+    shown = window or state.progress.shown
+    return Gang(
+        attempt=attempt,
+        term=term,
+        leader=state.me,
+        address=address,
+        phase=state.phase.shown,
+        generation=state.generation,
+        updated=now,
+        members=_members(state),
+        world_size=roster.world_size(state.seats) if state.formed else 0,
+        step=state.progress.step,
+        total_steps=state.progress.total_steps,
+        epoch=shown.epoch if shown else None,
+        last_step_at=window.at if window else _last_step_at(state),
+        values=shown.values if shown else {},
+        samples_per_s=window.samples_per_s if window and running else None,
+        tokens_per_s=window.tokens_per_s if window and running else None,
+        trend=state.progress.trend,
+        data_wait=_data_wait(state),
+        restarts=state.restarts,
+        errors_used=state.errors_used,
+        hangs_used=state.hangs_used,
+        outcome=state.outcome,
+        detail=state.detail,
+        events=state.chronicle.events,
+    )
+
+
+def _members(state: State) -> tuple[Member, ...]:
+    first_ranks = {seat.worker: seat.first_rank for seat in state.seats if state.busy}
+    return tuple(_member(state, worker, first_ranks.get(worker)) for worker in sorted(state.peers))
+
+
+def _member(state: State, worker: int, first_rank: int | None) -> Member:
+    peer, host = state.peers[worker], state.progress.hosts.get(worker)
+    return Member(
+        worker=worker,
+        host=peer.host,
+        nproc_per_node=peer.nproc,
+        first_rank=first_rank,
+        leaving=peer.leaving,
+        cpu_percent=host.cpu_percent if host else None,
+        memory_bytes=host.memory_bytes if host else None,
+        gpu_percent=host.gpu_percent if host else (),
+        gpu_memory_bytes=host.gpu_memory_bytes if host else (),
+    )
+
+
+def _last_step_at(state: State) -> float | None:
+    return state.progress.shown.last_step_at if state.progress.shown else None
+
+
+def _data_wait(state: State) -> float | None:
+    """Share of a step spent waiting for data, by the medians over the ranks."""
+    phases = state.progress.window.phases if state.progress.window else {}
+    step, data = phases.get("step", {}).get("median"), phases.get("data", {}).get("median")
+    return None if not step or data is None else min(1.0, data / step)
