@@ -8,7 +8,6 @@ from __future__ import annotations
 import os
 import sys
 from collections.abc import Iterable, Mapping
-from importlib import import_module
 from typing import TYPE_CHECKING, NoReturn
 
 if TYPE_CHECKING:
@@ -96,26 +95,6 @@ def _wanted(words: list[str]) -> Iterable[str]:
 
 def program(names: Iterable[str] = COMMANDS) -> typer.Typer:
     """A typer program of these commands."""
-    import typer  # noqa: PLC0415 - not for --version
+    from dtp_tui.program import build  # noqa: PLC0415 - not for --version
 
-    app = typer.Typer(
-        name="dtp",
-        help="Train PyTorch jobs on several workers: pause, resume and scale them while they run.",
-        epilog="A job is named by its name or by the beginning of its id. `dtp-tui` watches live.",
-        no_args_is_help=True,
-        rich_markup_mode=None,
-        pretty_exceptions_enable=False,
-        context_settings={"help_option_names": ["-h", "--help"], "max_content_width": 100},
-    )
-    app.callback()(_options)
-    for name in names:
-        module = import_module(f"dtp_tui.commands.{name}")
-        if hasattr(module, "app"):
-            app.add_typer(module.app, name=name, rich_help_panel=COMMANDS[name])
-        else:
-            app.command(name, rich_help_panel=COMMANDS[name])(module.command)
-    return app
-
-
-def _options() -> None:
-    """Train PyTorch jobs on several workers: pause, resume and scale them while they run."""
+    return build(COMMANDS, names)

@@ -15,7 +15,7 @@ if TYPE_CHECKING:
     from dtp_tui.output import Cell, Output
 
 app = typer.Typer(
-    help="List the checkpoints of a job, or pin one so that it is kept.",
+    help="List checkpoints, or pin one.",
     no_args_is_help=True,
     rich_markup_mode=None,
 )

@@ -13,7 +13,7 @@ if TYPE_CHECKING:
     from dtp_engine.engine import Engine
 
 app = typer.Typer(
-    help="The background process that acts on requests; it starts by itself when needed.",
+    help="The background process that acts; it starts by itself.",
     no_args_is_help=True,
     rich_markup_mode=None,
 )

@@ -16,9 +16,10 @@ if TYPE_CHECKING:
 
 
 def command(*, json_lines: JsonOption = False) -> None:
-    """Check this machine: Python, torch, state folder, disk, controller, GPUs, terminal.
+    """Check whether this machine is fit to train.
 
-    Each line is ok, warn or fail, with what to do. The exit code is 7 when something fails.
+    Python, torch, state folder, disk, ledger, controller, GPUs, terminal. Each line is ok, warn
+    or fail, with what to do. The exit code is 7 when something fails.
     """
     from dtp_engine.settings import load_settings
     from dtp_tui.checks import Verdict, engine_checks, machine_checks

@@ -18,7 +18,10 @@ def command(
     follow: FollowOption = False,
     json_lines: JsonOption = False,
 ) -> None:
-    """Show the timeline of a job, or of all: each change with its time and who asked for it."""
+    """Show the timeline: what happened, when, who asked.
+
+    Of one job, or of all.
+    """
     from dtp_tui.client import with_engine
     from dtp_tui.output import Output
 

@@ -6,7 +6,10 @@ from dtp_tui.commands.options import JobArgument, JsonOption
 
 
 def command(job: JobArgument, *, json_lines: JsonOption = False) -> None:
-    """Kill a job at once, without a last checkpoint; steps since the newest one are lost."""
+    """Kill a job at once, without a last checkpoint.
+
+    It ends CANCELLED; steps since the newest checkpoint are lost.
+    """
     from dtp_tui.requests import send
 
     send(

@@ -64,10 +64,10 @@ def command(
     ] = None,
     json_lines: JsonOption = False,
 ) -> None:
-    """Print what the ranks of a job wrote, all attempts, merged by time.
+    """Print what the ranks wrote, merged by time.
 
-    --follow goes on through restarts and resumes and ends with the job, with its exit code; Ctrl-C
-    leaves the job alone.
+    Of all attempts, unless told otherwise. --follow goes on through restarts and resumes and ends
+    with the job, with its exit code; Ctrl-C leaves the job alone.
     """
     from dtp_tui.client import with_engine
     from dtp_tui.output import Output

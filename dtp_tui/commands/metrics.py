@@ -30,7 +30,9 @@ def command(
     ] = None,
     json_lines: JsonOption = False,
 ) -> None:
-    """Show reported values, throughput, step times and resources: newest, range, trend.
+    """Show loss, throughput, step times, resources.
+
+    Every reported value with its newest, lowest and highest sample, and its trend.
 
     With --json every sample is a line: name, worker (null for the whole job), at, step, value.
     """

@@ -6,7 +6,7 @@ from dtp_tui.commands.options import JobArgument, JsonOption
 
 
 def command(job: JobArgument, *, json_lines: JsonOption = False) -> None:
-    """Pause a job: a checkpoint is written, its machines are freed, `dtp resume` goes on.
+    """Pause a job: checkpoint, free its machines, keep it for later.
 
     Returns once the request is accepted; `dtp wait JOB --until PAUSED` waits for the checkpoint.
     """

@@ -25,7 +25,10 @@ def command(
     ] = False,
     json_lines: JsonOption = False,
 ) -> None:
-    """List jobs: those that have not ended, and the last ten that have."""
+    """List the jobs.
+
+    Those that have not ended, and the last ten that have.
+    """
     from dtp_tui.client import with_engine
     from dtp_tui.output import Output
     from dtp_tui.records import job_record

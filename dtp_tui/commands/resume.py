@@ -24,7 +24,7 @@ def command(
     ] = None,
     json_lines: JsonOption = False,
 ) -> None:
-    """Resume a paused job from its newest good checkpoint, or --from another.
+    """Resume a paused job from its newest good checkpoint.
 
     Follow it with `dtp logs -f JOB` or `dtp-tui`; `dtp ckpt ls JOB` lists the checkpoints.
     """

@@ -51,7 +51,9 @@ def command(
         ),
     ] = None,
 ) -> None:
-    """Run a job and stay with it; Ctrl-C detaches, the job lives on.
+    """Run a job and stay with it until it ends.
+
+    Ctrl-C detaches: the job lives on, and the line to come back is printed.
 
     Exit codes: 0 succeeded, 1 failed, 2 usage or job file, 3 cancelled, 4 no capacity, 5 budget or
     max_duration, 6 hang, 7 infrastructure, 8 paused, 130 detached by Ctrl-C.

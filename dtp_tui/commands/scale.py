@@ -18,9 +18,10 @@ def command(
     *,
     json_lines: JsonOption = False,
 ) -> None:
-    """Scale a job to N workers: it checkpoints at a step, and goes on with N; no step is lost.
+    """Scale a job to N workers, while it runs.
 
-    A paused or waiting job remembers N for when it runs.
+    It checkpoints at a step and goes on with N workers, so that no step is lost. A paused or
+    waiting job remembers N for when it runs.
     """
     from dtp_tui.requests import send
 

@@ -18,7 +18,10 @@ CHECKPOINTS_SHOWN = 5
 
 
 def command(job: JobArgument, *, json_lines: JsonOption = False) -> None:
-    """Show one job: its state and why, workers, attempts, checkpoints, last events, job file."""
+    """Show all about one job.
+
+    Its state and why, workers, attempts, checkpoints, last events, job file.
+    """
     from dtp_tui.client import with_engine
     from dtp_tui.output import Output
 

@@ -10,7 +10,7 @@ import typer
 from dtp_tui.commands.options import JsonOption
 
 app = typer.Typer(
-    help="Fields of a job file: a schema for editors, a reference, a check.",
+    help="Job files: schema for editors, reference, check.",
     no_args_is_help=True,
     rich_markup_mode=None,
 )

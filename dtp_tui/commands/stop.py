@@ -6,9 +6,9 @@ from dtp_tui.commands.options import JobArgument, JsonOption
 
 
 def command(job: JobArgument, *, json_lines: JsonOption = False) -> None:
-    """Stop a job for good, after a last checkpoint; it ends CANCELLED.
+    """Stop a job for good, after a last checkpoint.
 
-    To go on later, pause it instead. To end one that does not listen, kill it.
+    It ends CANCELLED. To go on later, pause it instead. To end one that does not listen, kill it.
     """
     from dtp_tui.requests import send
 
