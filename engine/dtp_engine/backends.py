@@ -2,11 +2,13 @@
 
 from __future__ import annotations
 
+from collections.abc import Mapping
 from dataclasses import dataclass
 from pathlib import Path
 
 from dtp_engine.backend import Backend
 from dtp_engine.errors import UsageError
+from dtp_engine.jobs import JobSpec
 from dtp_engine.ledger import Ledger
 from dtp_engine.settings import Settings
 
@@ -31,6 +33,17 @@ async def open_parts(settings: Settings) -> Parts:
 
     ledger = await LocalLedger.open(settings.home / LEDGER_FILE)
     return Parts(ledger, LocalBackend(settings))
+
+
+def keep_secrets(home: Path, job_id: str, spec: JobSpec, environ: Mapping[str, str]) -> None:
+    """Store the values of the secrets that the spec names, for its workers alone. Blocking.
+
+    Raises `UsageError` naming those that are not in `environ`.
+    """
+    if spec.secrets:
+        from dtp_engine.local.secrets import store_secrets  # noqa: PLC0415 - seldom asked for
+
+        store_secrets(home, job_id, spec, environ)
 
 
 def job_storage_uri(home: Path, job_id: str) -> str:

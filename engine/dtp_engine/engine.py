@@ -6,6 +6,7 @@ import asyncio
 import base64
 import contextlib
 import hashlib
+import os
 import secrets
 import time
 from collections.abc import AsyncIterator, Callable, Sequence
@@ -15,7 +16,7 @@ from typing import Self, TypeVar
 
 from dtp_engine import checkpoints
 from dtp_engine.backend import Backend, Capacity, Cursor, LogLine
-from dtp_engine.backends import Parts, job_storage_uri, open_parts
+from dtp_engine.backends import Parts, job_storage_uri, keep_secrets, open_parts
 from dtp_engine.clock import Clock, RealClock
 from dtp_engine.door import Door
 from dtp_engine.driver import Driver, driver_of, start_controller, stop_controller
@@ -95,7 +96,8 @@ class Engine:
     async def submit(self, spec: JobSpec, *, key: str | None = None) -> Job:
         """Record the job as QUEUED and see that somebody drives. The same key twice is one job.
 
-        Raises `UsageError` for a worker that is larger than any machine here.
+        Raises `UsageError` for a worker that is larger than any machine here, and for secrets that
+        are not in the environment.
         """
         await self._refuse_what_never_fits(spec)
         key = key or secrets.token_hex(16)
@@ -110,6 +112,8 @@ class Engine:
             created_at=now,
             created_by=self.settings.actor,
         )
+        home = self.settings.home
+        await self._in_storage(lambda: keep_secrets(home, job.id, spec, os.environ))
         request = Request(key, RequestKind.SUBMIT, job.id, self.settings.actor, now)
         stored = await self._ledger.request(request, job=job)
         await self.ensure_driver()
