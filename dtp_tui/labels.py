@@ -127,11 +127,13 @@ def _running(job: Job, gang: wire.Gang) -> Label:
 
 
 def why(job: Job) -> str:
-    """Reason and detail in one line; empty when there is nothing to say."""
-    if job.reason is None or (job.reason is Reason.USER and not job.detail):
-        return ""
-    words = REASONS[job.reason]
-    return f"{words}: {job.detail}" if job.detail and job.detail != words else words
+    """Why it is where it is, in one line; empty when there is nothing to say.
+
+    The detail says more than the reason's own words, which stand in when there is none.
+    """
+    if job.detail:
+        return job.detail
+    return "" if job.reason in (None, Reason.USER) else REASONS[job.reason]
 
 
 # -------------------------------------------------------------------------------- time

@@ -131,11 +131,12 @@ def test_unknown_money_is_not_zero() -> None:
     assert labels.money(0.0123) == "$0.0123"
 
 
-def test_why_joins_reason_and_detail() -> None:
-    """The reason in words comes before what the system said."""
+def test_why_prefers_the_detail() -> None:
+    """What the system said comes before the name of the kind of reason."""
     failed = job(JobState.FAILED, reason=Reason.WORKER_FAILED, detail="ValueError: no")
-    assert labels.why(failed) == "the script failed: ValueError: no"
-    assert labels.why(job()) == ""
+    assert labels.why(failed) == "ValueError: no"
+    assert labels.why(job(JobState.FAILED, reason=Reason.HANG)) == "no step for too long"
+    assert labels.why(job(reason=Reason.USER)) == ""
 
 
 def test_span_and_elapsed() -> None:
