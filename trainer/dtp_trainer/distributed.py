@@ -90,7 +90,6 @@ def _join(device: torch.device) -> None:
         store=PrefixStore("dtp", store),
         rank=rank,
         world_size=size,
-        device_id=device if device.type == "cuda" else None,
     )
 
 
@@ -109,5 +108,5 @@ def _limit_threads() -> None:
     told = os.environ.get("OMP_NUM_THREADS", "")
     if told.isdigit() and int(told) > 0:
         torch.set_num_threads(int(told))
-    elif int(os.environ.get("WORLD_SIZE", "1")) > 1:
+    elif os.environ.get("WORLD_SIZE", "1") not in ("", "1"):
         torch.set_num_threads(1)
