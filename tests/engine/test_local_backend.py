@@ -460,6 +460,21 @@ async def test_lines_of_workers_are_merged_by_time(local: Local) -> None:
     assert [t.at for t in texts if t] == sorted(t.at for t in texts if t)
 
 
+async def test_reading_ends_although_a_worker_writes_on(local: Local) -> None:
+    """Without `follow` the feed ends at what was there when it began, however fast a worker
+    writes."""
+    await local.backend.launch(local.plan())
+    found = 0
+    with local.folder(0, ONE).log.open("a") as file:
+        file.write("first\n" * 500)
+        file.flush()
+        async for _ in local.backend.logs(ONE):
+            found += 1
+            file.write("more\n")
+            file.flush()
+    assert 500 <= found < 1500
+
+
 async def test_records_and_text_are_told_apart(local: Local) -> None:
     """A record of the wire comes as a record, anything else as text."""
     await local.backend.launch(local.plan())

@@ -81,10 +81,11 @@ class LocalBackend:
             lines = await self._through(self._log_door, partial(feed.read, _LINES_A_TURN))
             for line in lines:
                 yield line
-            if not lines:
-                if not follow:
-                    return
-                await asyncio.sleep(_POLL_S)
+            if len(lines) == _LINES_A_TURN:
+                continue
+            if not follow:
+                return
+            await asyncio.sleep(_POLL_S)
 
     async def capacity(self) -> Capacity:
         return await self._through(self._door, lambda: self._find_slots().capacity())

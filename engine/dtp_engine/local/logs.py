@@ -74,14 +74,16 @@ class Feed:
     workers: Callable[[], list[WorkerFolder]]
     offsets: dict[int, int] = field(default_factory=dict)
     _tails: dict[int, Tail] = field(default_factory=dict)
-    _round: Iterator[LogLine] = field(default_factory=lambda: iter(()))
+    _round: Iterator[LogLine] | None = None
 
     def read(self, limit: int) -> list[LogLine]:
-        """The next lines, at most `limit`; none when what exists was read. Raises `OSError`."""
-        lines = list(islice(self._round, limit))
-        if not lines:
+        """The next lines. Fewer than `limit` when all was read that was there when this round of
+        reads began; the read after that begins another. Raises `OSError`."""
+        if self._round is None:
             self._round = logs.merge(tail.lines() for tail in self._find_tails())
-            lines = list(islice(self._round, limit))
+        lines = list(islice(self._round, limit))
+        if len(lines) < limit:
+            self._round = None
         return lines
 
     def _find_tails(self) -> list[Tail]:
