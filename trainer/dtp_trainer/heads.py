@@ -143,7 +143,7 @@ def set_resume(storage: Storage, name_or_step: str) -> CheckpointEntry:
     return find(change_head(storage, change), name_or_step)
 
 
-def set_verified(storage: Storage, name: str, *, verified: bool) -> None:
+def set_verified(storage: Storage, name: str, *, verified: bool) -> CheckpointHead:
     """Note the outcome of a check of every hash; a checkpoint that is gone is no error."""
 
     def change(head: CheckpointHead) -> CheckpointHead:
@@ -152,7 +152,7 @@ def set_verified(storage: Storage, name: str, *, verified: bool) -> None:
             (replace(e, verified=verified) if e.name == name else e for e in head.entries),
         )
 
-    change_head(storage, change)
+    return change_head(storage, change)
 
 
 def find(head: CheckpointHead, name_or_step: str) -> CheckpointEntry:
@@ -191,12 +191,13 @@ def _change_entry(storage: Storage, name_or_step: str, *, pinned: bool) -> Check
 def candidates(head: CheckpointHead) -> tuple[CheckpointEntry, ...]:
     """In the order in which a start tries them: the resume point, those before it, the rest.
 
-    Newest first by (generation, step).
+    Newest first by (generation, step); those known to be damaged last.
     """
     ordered = sorted(head.entries, key=_age, reverse=True)
     names = [e.name for e in ordered]
     start = names.index(head.resume) if head.resume in names else 0
-    return tuple(ordered[start:] + ordered[:start])
+    turned = ordered[start:] + ordered[:start]
+    return tuple(sorted(turned, key=lambda entry: entry.verified is False))
 
 
 def surplus(head: CheckpointHead, retention: Retention) -> tuple[CheckpointEntry, ...]:
@@ -206,13 +207,28 @@ def surplus(head: CheckpointHead, retention: Retention) -> tuple[CheckpointEntry
     are known to be whole. Those known to be damaged count for nothing, and go unless pinned.
     """
     sound = [e for e in head.entries if e.verified is not False]
+    kept = _kept(head, retention) | {e.name for e in [e for e in sound if e.verified][-2:]}
+    return tuple(e for e in head.entries if e.name not in kept)
+
+
+def to_verify(head: CheckpointHead, retention: Retention) -> CheckpointEntry | None:
+    """The checkpoint to read back before anything may be given up.
+
+    None when nothing is to go, or when two of those that stay are known to be whole.
+    """
+    kept = _kept(head, retention)
+    staying = [e for e in head.entries if e.name in kept and e.verified is not False]
+    unsure = [e for e in staying if not e.verified]
+    enough = len(staying) - len(unsure) >= 2
+    return None if enough or len(kept) == len(head.entries) or not unsure else unsure[-1]
+
+
+def _kept(head: CheckpointHead, retention: Retention) -> set[str]:
+    sound = [e for e in head.entries if e.verified is not False]
     kept = {e.name for e in sound[-max(retention.keep, 2) :]}
-    kept |= {e.name for e in [e for e in sound if e.verified][-2:]}
     kept |= {e.name for e in head.entries if e.pinned or e.name == head.resume}
     best = best_entry(sound, retention.keep_best)
-    if best:
-        kept.add(best.name)
-    return tuple(e for e in head.entries if e.name not in kept)
+    return kept | {best.name} if best else kept
 
 
 def best_entry(entries: Sequence[CheckpointEntry], value: str | None) -> CheckpointEntry | None:

@@ -26,6 +26,10 @@ class NotFound(StorageError):
     pass
 
 
+class Unreadable(StorageError):
+    """The medium failed while this key was read; trying again is not expected to help."""
+
+
 class Conflict(StorageError):
     """`write_if` found another content than the caller had seen."""
 
@@ -358,7 +362,8 @@ def _explained(verb: str, key: str, root: Path) -> Iterator[None]:
         yield
     except OSError as error:
         cause = _CAUSES.get(error.errno or 0) or error.strerror or str(error)
-        raise StorageError(f"cannot {verb} {key} in {root}: {cause}") from error
+        kind = Unreadable if error.errno == errno.EIO and verb == "read" else StorageError
+        raise kind(f"cannot {verb} {key} in {root}: {cause}") from error
 
 
 @contextmanager

@@ -166,15 +166,6 @@ def read(file: IO[bytes], size: int) -> tuple[dict[str, torch.Tensor], str]:
     return tensors, digest.hexdigest()
 
 
-def hash_of(file: IO[bytes]) -> tuple[int, str]:
-    """Bytes and sha256 of whatever is left in `file`."""
-    digest, size = hashlib.sha256(), 0
-    while chunk := file.read(CHUNK_BYTES):
-        digest.update(chunk)
-        size += len(chunk)
-    return size, digest.hexdigest()
-
-
 def _view(memory: torch.Tensor, span: Span) -> torch.Tensor:
     return memory.view(span.dtype).reshape(span.shape)
 
