@@ -71,7 +71,6 @@ def join() -> World:
 
     Raises: `torch.distributed.DistError` or RuntimeError when they do not come.
     """
-    _limit_threads()
     device = _device()
     joined_here = not dist.is_initialized() and all(os.environ.get(v) for v in _GROUP_VARIABLES)
     if joined_here:
@@ -100,13 +99,3 @@ def _device() -> torch.device:
     device = torch.device("cuda", local_rank % torch.cuda.device_count())
     torch.cuda.set_device(device)
     return device
-
-
-def _limit_threads() -> None:
-    """Said again to a torch that may have been imported before this rank's environment was made;
-    of several ranks each gets one thread unless told otherwise, as torchrun does."""
-    told = os.environ.get("OMP_NUM_THREADS", "")
-    if told.isdigit() and int(told) > 0:
-        torch.set_num_threads(int(told))
-    elif os.environ.get("WORLD_SIZE", "1") not in ("", "1"):
-        torch.set_num_threads(1)

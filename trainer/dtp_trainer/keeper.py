@@ -156,8 +156,7 @@ class Keeper:
         """On the writing thread."""
         if report.outcome is Outcome.FENCED:
             self._fenced = True
-        if report.outcome in (Outcome.FENCED, Outcome.FAILED):
-            say(f"checkpoint at step {report.step} is not kept: {report.error}")
+            say(f"this rank leaves: {report.error}")
 
 
 def open_keeper(world: World, stop: StopRequest) -> Keeper | None:

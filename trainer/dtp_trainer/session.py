@@ -34,7 +34,7 @@ from dtp_trainer.sampler import Lanes, SamplerError
 from dtp_trainer.state import Stateful, TrainingState
 from dtp_trainer.stop import Paused, SessionError, StopRequest
 from dtp_trainer.storage import StorageError
-from dtp_trainer.telemetry import Position, Stopwatch, Telemetry, Value, say
+from dtp_trainer.telemetry import Position, Stopwatch, Telemetry, Value, say, say_warnings
 from dtp_trainer.wire import Env, ExitCode
 
 PEERS_WORD_S = 2.0
@@ -66,6 +66,7 @@ class Session:
         self._loaded: LoadedCheckpoint | None = None
         self._over = False
         self._stop = StopRequest()
+        say_warnings()
         if os.environ.get(Env.STORAGE) and not self._stop.listen():
             say("Session was made outside the main thread, so this rank cannot hear a pause")
         with _starting(self._stop):

@@ -3,13 +3,15 @@
 from __future__ import annotations
 
 import contextlib
+import logging
 import os
 import sys
 import time
 from collections.abc import Iterator, Mapping
 from dataclasses import dataclass
+from io import FileIO
 from pathlib import Path
-from typing import TextIO, TypeAlias
+from typing import TypeAlias
 
 from torch import Tensor
 
@@ -25,6 +27,20 @@ def say(text: str) -> None:
     """One line for people on stderr, marked as ours."""
     sys.stderr.write(f"dtp: {text}\n")
     sys.stderr.flush()
+
+
+class _Saying(logging.Handler):
+    """Warnings of this package, as `say` says them."""
+
+    def emit(self, record: logging.LogRecord) -> None:
+        say(" ".join(record.getMessage().split()))
+
+
+def say_warnings() -> None:
+    """From now on, whatever the script does with its own logging."""
+    ours = logging.getLogger("dtp_trainer")
+    ours.handlers = [_Saying(logging.WARNING)]
+    ours.propagate = False
 
 
 @dataclass(frozen=True, slots=True)
@@ -134,9 +150,10 @@ class Telemetry:
             seconds=seconds,
         )
         try:
-            self._file.write(encode_step(record))
+            self._file.write(encode_step(record).encode())
         except OSError as error:
             say(f"metrics of rank {self._rank} end here: {error.strerror or error}")
+            self._file.close()
             self._file = None
 
 
@@ -149,11 +166,11 @@ def _number(name: str, value: Value) -> float:
         ) from None
 
 
-def _open(path: str | None) -> TextIO | None:
+def _open(path: str | None) -> FileIO | None:
     if not path:
         return None
     try:
-        return Path(path).open("a", buffering=1, encoding="utf-8")
+        return Path(path).open("ab", buffering=0)
     except OSError as error:
         say(f"no metrics: cannot write {path}: {error.strerror or error}")
         return None
