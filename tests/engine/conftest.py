@@ -33,6 +33,7 @@ class LocalHarness:
         self.path = home
         self.home = Home(home)
         self.backend = self.open()
+        self._second = 0
 
     def open(self, agent: Sequence[str] = STANDIN) -> LocalBackend:
         """Another backend over the same state, as a second controller would have."""
@@ -92,8 +93,16 @@ class LocalHarness:
     async def kill_worker(self, attempt: AttemptId, worker: int) -> None:
         os.kill(self.pid(attempt, worker), signal.SIGKILL)
 
-    async def say(self, attempt: AttemptId, worker: int, lines: Sequence[str]) -> None:
-        await self.order(attempt, worker, say=list(lines))
+    async def talk(self, attempt: AttemptId) -> None:
+        said = [f"2026-11-23T08:30:{self._second + n:02}.000000Z [rank0] {n}" for n in range(3)]
+        self._second += 3
+        for folder in self.home.workers(attempt):
+            await self._say(attempt, folder, said)
+
+    async def _say(self, attempt: AttemptId, folder: WorkerFolder, lines: list[str]) -> None:
+        wanted = folder.log.stat().st_size + len("".join(lines)) + len(lines)
+        await self.order(attempt, folder.worker, say=lines)
+        await self.until(attempt, lambda _: folder.log.stat().st_size >= wanted)
 
     async def read(
         self, attempt: AttemptId, after: Mapping[int, str] | None = None

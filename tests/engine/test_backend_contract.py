@@ -22,6 +22,7 @@ from dtp_engine.backend import (
     WorkerSight,
 )
 from dtp_engine.jobs import AttemptId
+from dtp_engine.logs import time_of
 
 BACKENDS = ["local"]
 """Names of fixtures, each a `Harness`."""
@@ -62,8 +63,8 @@ class Harness(Protocol):
 
     async def kill_worker(self, attempt: AttemptId, worker: int) -> None: ...
 
-    async def say(self, attempt: AttemptId, worker: int, lines: Sequence[str]) -> None:
-        """Let the worker write these lines, as it would by itself, soon."""
+    async def talk(self, attempt: AttemptId) -> None:
+        """Let every running worker of the attempt print three lines more."""
         ...
 
     async def read(
@@ -232,65 +233,86 @@ async def test_provision_may_be_repeated(harness: Harness) -> None:
     assert found is None or not found.workers
 
 
-def text_line(second: int, text: str) -> str:
-    return f"2026-11-23T08:30:{second:02}.000000Z [rank0] {text}"
+def by_worker(lines: Sequence[LogLine]) -> dict[int, list[LogLine]]:
+    workers = sorted({line.worker for line in lines})
+    return {worker: [line for line in lines if line.worker == worker] for worker in workers}
 
 
-async def texts(
-    harness: Harness, count: int, after: Mapping[int, str] | None = None
-) -> list[LogLine]:
-    """The first `count` lines of text, once they are there."""
-    lines: list[LogLine] = []
-
-    async def enough() -> None:
-        while len(lines) < count:
-            lines[:] = [line for line in await harness.read(ONE, after) if line.text]
-            await harness.look(ONE)
-
-    await asyncio.wait_for(enough(), 20)
+async def spoken(harness: Harness) -> list[LogLine]:
+    """All lines of two workers that printed several."""
+    await launched(harness, harness.plan([0, 1]))
+    await harness.talk(ONE)
+    await harness.talk(ONE)
+    lines = await harness.read(ONE)
+    assert all(len(found) >= 6 for found in by_worker(lines).values())
+    assert set(by_worker(lines)) == {0, 1}
     return lines
 
 
 async def test_lines_come_in_order(harness: Harness) -> None:
-    """The lines of a worker come in the order in which it wrote them."""
-    await launched(harness, harness.plan())
-    await harness.say(ONE, 0, [text_line(n, f"line {n}") for n in range(5)])
-    found = await texts(harness, 5)
-    assert [line.text.text for line in found if line.text] == [f"line {n}" for n in range(5)]
-    assert {line.worker for line in found} == {0}
+    """The lines of each worker come in the order of time, each either text or a record."""
+    for lines in by_worker(await spoken(harness)).values():
+        times = [time_of(line) for line in lines]
+        assert times == sorted(times)
+        assert all((line.text is None) != (line.record is None) for line in lines)
 
 
-async def test_reading_goes_on_behind_a_cursor(harness: Harness) -> None:
-    """Given the cursor of the last line seen of each worker, only later lines come."""
-    await launched(harness, harness.plan([0, 1]))
+async def test_reading_again_finds_the_same(harness: Harness) -> None:
+    """What was printed stays, and more comes behind it."""
+    before = by_worker(await spoken(harness))
+    await harness.talk(ONE)
+    after = by_worker(await harness.read(ONE))
+    for worker, lines in before.items():
+        assert after[worker][: len(lines)] == lines
+        assert len(after[worker]) >= len(lines) + 3
+
+
+async def test_reading_goes_on_behind_any_line(harness: Harness) -> None:
+    """Given the cursor of the last line seen of each worker, exactly the later lines come."""
+    lines = await spoken(harness)
+    for seen in range(len(lines)):
+        cursor = {line.worker: line.cursor for line in lines[:seen]}
+        rest = await harness.read(ONE, cursor)
+        wanted = by_worker(lines[seen:])
+        for worker, found in by_worker(rest).items():
+            assert found[: len(wanted.get(worker, []))] == wanted.get(worker, [])
+
+
+async def test_lines_of_a_worker_that_ended_stay(harness: Harness) -> None:
+    """What a worker printed can be read after it is gone."""
+    before = by_worker(await spoken(harness))
     for worker in (0, 1):
-        await harness.say(ONE, worker, [text_line(n, f"{worker}.{n}") for n in range(3)])
-    found = await texts(harness, 6)
-    seen = {line.worker: line.cursor for line in found if line.text and line.text.text != "1.2"}
-    again = await texts(harness, 1, seen)
-    assert [line.text.text for line in again if line.text] == ["1.2"]
+        await harness.kill_worker(ONE, worker)
+        await harness.until_exited(ONE, worker)
+    after = by_worker(await harness.read(ONE))
+    for worker, lines in before.items():
+        assert after[worker][: len(lines)] == lines
 
 
-async def test_following_sees_lines_that_come_later(harness: Harness) -> None:
-    """With `follow` the feed waits for lines, also of a worker that joins later."""
+async def test_following_sees_what_comes_later(harness: Harness) -> None:
+    """With `follow` the feed waits for more lines, also of a worker that joins later."""
     await launched(harness, harness.plan([0]))
     feed = harness.backend.logs(ONE, follow=True)
+    seen: list[LogLine] = []
 
-    async def next_text() -> str:
+    async def collect() -> None:
         async for line in feed:
-            if line.text:
-                return line.text.text
-        pytest.fail("the feed ended")
+            seen.append(line)
 
-    async def said(worker: int, text: str) -> str:
-        waiting = asyncio.create_task(next_text())
-        await harness.say(ONE, worker, [text_line(worker, text)])
-        while not waiting.done():
-            await harness.look(ONE)
-            await asyncio.sleep(0.01)
-        return await waiting
+    collecting = asyncio.create_task(collect())
+    await harness.talk(ONE)
+    await harness.until(ONE, lambda _: len(seen) >= 3)
+    await launched(harness, harness.plan([0, 1]))
+    await harness.talk(ONE)
+    await harness.until(ONE, lambda _: len(by_worker(seen).get(1, [])) >= 3)
+    assert (
+        by_worker(seen)[0]
+        == [line for line in await harness.read(ONE) if line.worker == 0][: len(by_worker(seen)[0])]
+    )
+    collecting.cancel()
+    await asyncio.gather(collecting, return_exceptions=True)
 
-    assert await asyncio.wait_for(said(0, "first"), 20) == "first"
-    await launched(harness, harness.plan([1]))
-    assert await asyncio.wait_for(said(1, "of the joiner"), 20) == "of the joiner"
-    await feed.aclose()  # type: ignore[attr-defined]
+
+async def test_feed_of_an_attempt_without_workers_is_empty(harness: Harness) -> None:
+    """Reading an attempt of which nothing was launched is not an error."""
+    assert await harness.read(ONE) == []

@@ -9,8 +9,6 @@ from collections.abc import Iterator, Mapping
 from dataclasses import dataclass
 from pathlib import Path
 
-import psutil
-
 _CGROUP = Path("/sys/fs/cgroup")
 
 
@@ -59,7 +57,8 @@ def _quota_v1() -> Iterator[float]:
 def _memory_bytes() -> int:
     limits = [_line(folder / "memory.max") for folder in _cgroup_folders()]
     limits.append(_line(_CGROUP / "memory/memory.limit_in_bytes"))
-    return min([psutil.virtual_memory().total, *(int(x) for x in limits if x.isdigit())])
+    installed = os.sysconf("SC_PAGE_SIZE") * os.sysconf("SC_PHYS_PAGES")
+    return min([installed, *(int(x) for x in limits if x.isdigit())])
 
 
 def _cgroup_folders() -> list[Path]:
