@@ -1,0 +1,102 @@
+"""The promise that counts: kill -9 at any moment of a save, and the newest checkpoint loads."""
+
+from __future__ import annotations
+
+import os
+import random
+import signal
+import subprocess
+import sys
+import time
+from collections.abc import Iterator
+from pathlib import Path
+
+import pytest
+
+from dtp_trainer import heads
+from dtp_trainer.checkpoint import load_newest
+from dtp_trainer.storage import FileStorage
+
+SCRIPT = Path(__file__).with_name("scripts") / "save_until_killed.py"
+
+
+class Savers:
+    """Starts savers one after the other, kills each, and remembers what it had committed."""
+
+    def __init__(self, folder: Path) -> None:
+        self.process = subprocess.Popen(
+            [sys.executable, "-P", str(SCRIPT), str(folder)],
+            stdin=subprocess.PIPE,
+            stdout=subprocess.PIPE,
+            text=True,
+        )
+        assert self.read() == "ready"
+        self.committed = 0
+
+    def read(self) -> str:
+        assert self.process.stdout
+        return self.process.stdout.readline().strip()
+
+    def run_and_kill(self, generation: int, after_s: float) -> None:
+        assert self.process.stdin
+        self.process.stdin.write(f"{generation}\n")
+        self.process.stdin.flush()
+        pid = None
+        while pid is None:
+            pid = self.take(self.read())
+        time.sleep(after_s)
+        os.kill(pid, signal.SIGKILL)
+        while (line := self.read()) != "dead":
+            assert line, "the parent of the savers died"
+            self.take(line)
+
+    def take(self, line: str) -> int | None:
+        word, number = line.split()
+        if word == "saver":
+            return int(number)
+        self.committed = int(number)
+        return None
+
+    def close(self) -> None:
+        assert self.process.stdin
+        assert self.process.stdout
+        self.process.stdin.close()
+        self.process.wait(30)
+        self.process.stdout.close()
+
+
+@pytest.fixture
+def savers(tmp_path: Path) -> Iterator[Savers]:
+    started = Savers(tmp_path)
+    yield started
+    started.close()
+
+
+def kill_and_load(savers: Savers, folder: Path, kills: int) -> None:
+    storage, moments = FileStorage(folder), random.Random(kills)
+    reached = 0
+    for _ in range(kills):
+        generation = heads.raise_generation(storage).generation
+        savers.run_and_kill(generation, moments.uniform(0, 0.25))
+        loaded = load_newest(storage, world_size=2, on_damage=pytest.fail)
+        if loaded is None:
+            assert savers.committed == 0
+            continue
+        assert loaded.step >= savers.committed >= reached
+        assert loaded.step == loaded.shared["step"]
+        assert loaded.own
+        for tensor in (loaded.shared["a"], loaded.shared["b"], loaded.own["step"]):
+            assert bool((tensor == loaded.step).all())
+        reached = loaded.step
+    assert reached > 0
+
+
+def test_eight_kills_at_random_moments(savers: Savers, tmp_path: Path) -> None:
+    """After each of 8 kills in the middle of saving, the newest checkpoint is whole and newest."""
+    kill_and_load(savers, tmp_path, 8)
+
+
+@pytest.mark.slow
+def test_fifty_kills_at_random_moments(savers: Savers, tmp_path: Path) -> None:
+    """After each of 50 kills in the middle of saving, the newest checkpoint is whole and newest."""
+    kill_and_load(savers, tmp_path, 50)
