@@ -53,17 +53,14 @@ _BY_CODE = {
     ExitCode.PAUSED: (End.LEFT, "left after a checkpoint"),
     ExitCode.NO_GANG: (End.NO_GANG, "did not find the other workers in time"),
     ExitCode.HANG: (End.HANG, "took no step for too long"),
-    ExitCode.FENCED: (End.LOST, "found a newer attempt or generation in its place"),
+    ExitCode.FENCED: (End.LOST, "was fenced off before it took part"),
     ExitCode.MAX_DURATION: (End.MAX_DURATION, "ran for as long as it may, and left a checkpoint"),
     ExitCode.SETUP_FAILED: (End.SETUP_FAILED, "could not be set up"),
 }
-_TELLING = (
-    ExitCode.SUCCEEDED,
-    ExitCode.SETUP_FAILED,
-    ExitCode.HANG,
-    ExitCode.MAX_DURATION,
-)
-"""Codes that a worker exits with only when its whole gang ended so."""
+_TELLING = (ExitCode.SUCCEEDED, ExitCode.HANG, ExitCode.MAX_DURATION)
+"""Codes that a worker exits with only when its whole gang ended so. Set-up may fail for one worker
+that joins, while the others train on."""
+_CLEAN = (ExitCode.PAUSED, ExitCode.FENCED)
 
 
 def read_ending(
@@ -91,6 +88,8 @@ def read_ending(
 def _unasked(attempt: Attempt) -> Ending:
     unasked = [p for p in attempt.placements if p.stop_at is None] or list(attempt.placements)
     codes = {placement.exit_code for placement in unasked}
+    if ExitCode.SETUP_FAILED in codes and attempt.running_at is None:
+        return _by_code(ExitCode.SETUP_FAILED, "", asked=False)
     if ExitCode.NO_GANG in codes:
         return Ending(End.NO_GANG, "the workers did not find each other in time")
     if codes == {ExitCode.PAUSED}:
@@ -154,7 +153,7 @@ def _by_code(code: int, detail: str, *, asked: bool) -> Ending:
         return Ending(End.FAILED, detail or f"the script exited with {code}", code)
     kind, words = _BY_CODE[ExitCode(code)]
     if asked and kind is End.LEFT:
-        return Ending(End.STOPPED, "left after a checkpoint")
+        return Ending(End.STOPPED, detail or words)
     failed = kind in (End.SETUP_FAILED, End.HANG, End.MAX_DURATION)
     return Ending(kind, detail or f"the gang {words}", code if failed else None)
 
@@ -162,7 +161,8 @@ def _by_code(code: int, detail: str, *, asked: bool) -> Ending:
 def _leaving(attempt: Attempt) -> str:
     """What the workers that were asked to leave left behind."""
     for placement in attempt.placements:
-        if placement.stop_at is not None and placement.exit_code != ExitCode.PAUSED:
+        if placement.stop_at is not None and placement.exit_code not in _CLEAN:
             words = exit_words(placement.exit_code)
             return f"worker {placement.worker} {words}; the newest checkpoint counts"
-    return "left after a checkpoint"
+    left = any(placement.exit_code == ExitCode.PAUSED for placement in attempt.placements)
+    return "left after a checkpoint" if left else "stopped before it began"

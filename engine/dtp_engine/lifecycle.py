@@ -339,9 +339,10 @@ def _fail(turn: Turn, reason: Reason, ending: Ending) -> None:
 
 
 def _failure_reason(turn: Turn) -> Reason:
-    """A gang that gives up before its budget is spent saw the same failure again and again."""
-    spent = turn.job.errors_used >= turn.job.spec.retry.on_errors
-    return Reason.WORKER_FAILED if spent else Reason.SAME_FAILURE
+    """A gang says so when it gave up, its budget unspent, on what failed again and again."""
+    last = turn.status.events[-3:] if turn.status else ()
+    same = any(event.name == "same_failure" for event in last)
+    return Reason.SAME_FAILURE if same else Reason.WORKER_FAILED
 
 
 def _go_on_after_preemption(turn: Turn, ending: Ending) -> None:
