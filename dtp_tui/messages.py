@@ -1,6 +1,6 @@
 """What reaches the screens: frozen pictures of the engine, and the messages that carry them.
 
-Also the one message that goes the other way: `Asked`, what the operator wants done.
+Also the one message that goes the other way: `VerbChosen`, what the operator would like to do.
 """
 
 from __future__ import annotations
@@ -99,7 +99,10 @@ class LinesArrived(Message):
         """What was shown before is to be forgotten: the log is read from its beginning."""
 
 
-class Asked(Message):
-    def __init__(self, wish: Wish) -> None:
+class VerbChosen(Message):
+    """Nothing has happened yet: the app asks before it does anything."""
+
+    def __init__(self, verb: Verb, view: JobView) -> None:
         super().__init__()
-        self.wish = wish
+        self.verb = verb
+        self.view = view

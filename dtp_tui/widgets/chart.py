@@ -79,13 +79,14 @@ class Chart(Toned):
             self._strips = self._draw()
 
     def render_line(self, y: int) -> Strip:
-        return self._strips[y] if y < len(self._strips) else Strip.blank(self.size.width)
+        strip = self._strips[y] if y < len(self._strips) else Strip.blank(self.size.width)
+        return self.grounded(strip)
 
     def _draw(self) -> list[Strip]:
         width, height = self.size
         if height < LEAST_HEIGHT or width < LABEL_WIDTH + 12:
             return [self._title(width)] if height else []
-        columns, rows = width - LABEL_WIDTH - 1, height - 2
+        columns, rows = width - LABEL_WIDTH - 2, height - 2
         views = [tuple(curve.view(2 * columns)) for curve in self._plot.curves[:SERIES_COLOURS]]
         scale = y_scale(views, rows, from_zero=self._plot.from_zero)
         if scale is None:
@@ -108,8 +109,10 @@ class Chart(Toned):
         def ink(span: Span) -> Style:
             return by_text.get(span.text) or self.ink(span.tone, strong=span.strong)
 
-        title = Span(" " * (LABEL_WIDTH + 1) + self._plot.title, strong=True)
-        return paint(Line((title,), tuple(legend)), width, ink)
+        needed = sum(cell_len(span.text) for span in legend) + len(self._plot.title) + 2
+        indent = min(LABEL_WIDTH + 1, max(1, width - needed))
+        title = Span(" " * indent + self._plot.title, strong=True)
+        return paint(Line((title,), (*legend, Span(" "))), width, ink)
 
     def _without_data(self, width: int, height: int) -> list[Strip]:
         words = Line((Span(" " * (LABEL_WIDTH + 1) + self._plot.empty, Tone.QUIET),))
@@ -119,7 +122,7 @@ class Chart(Toned):
         return [self._title(width), *rows]
 
     def _plot_row(self, canvas: Canvas, row: int, label: str | None) -> Strip:
-        grid = self.get_component_rich_style("chart--grid", partial=True)
+        grid = self.colour("chart--grid")
         quiet = self.ink(Tone.QUIET)
         cells = self._background(canvas.width, grid, ticked=label is not None)
         for column in range(canvas.width):
@@ -163,7 +166,7 @@ class Chart(Toned):
 
     def _curve_ink(self, number: int) -> Style:
         number = (number - 1) % SERIES_COLOURS + 1
-        return self.get_component_rich_style(f"chart--curve-{number}", partial=True)
+        return self.colour(f"chart--curve-{number}")
 
     def _mark_ink(self, mark: Mark) -> Style:
         return self.ink(_MARK_TONES[mark.kind])
@@ -176,7 +179,7 @@ _MARK_GLYPHS = {
     MarkKind.FAILURE: "✗",
 }
 _MARK_TONES = {
-    MarkKind.ATTEMPT: Tone.BUSY,
+    MarkKind.ATTEMPT: Tone.QUIET,
     MarkKind.GENERATION: Tone.QUIET,
     MarkKind.CHECKPOINT: Tone.GOOD,
     MarkKind.FAILURE: Tone.BAD,

@@ -15,7 +15,8 @@ COLUMNS = (
     Column("STEP", 9, right=True),
     Column("AGE", 6, right=True),
     Column("SIZE", 9, right=True),
-    Column("CHECKED", 12),
+    Column("CHECKED", 10),
+    Column("KEPT", 4, rank=1),
     Column("VALUES", 18, grow=3),
     Column("WORLD", 5, right=True, rank=2),
     Column("ATTEMPT", 7, right=True, rank=3),
@@ -40,6 +41,7 @@ def checkpoint_row(entry: wire.CheckpointEntry, now: datetime) -> Row:
             Span(labels.age(entry.at, now), Tone.QUIET),
             Span(labels.size(entry.bytes)),
             checked(entry),
+            Span("◆" if entry.pinned else "", Tone.BUSY),
             Span(_values(entry)),
             Span(str(entry.world_size), Tone.QUIET),
             Span(str(entry.attempt), Tone.QUIET),
@@ -49,11 +51,10 @@ def checkpoint_row(entry: wire.CheckpointEntry, now: datetime) -> Row:
 
 
 def checked(entry: wire.CheckpointEntry) -> Span:
-    """Whether its checksums were compared since it was written, and whether it is pinned."""
-    pin = " ◆ kept" if entry.pinned else ""
+    """Whether its checksums were compared since it was written."""
     if entry.verified is None:
-        return Span(f"—{pin}", Tone.QUIET)
-    return Span(f"✓{pin}", Tone.GOOD) if entry.verified else Span(f"✗ damaged{pin}", Tone.BAD)
+        return Span("not yet", Tone.QUIET)
+    return Span("✓ good", Tone.GOOD) if entry.verified else Span("✗ damaged", Tone.BAD)
 
 
 def newest_good(entries: Sequence[wire.CheckpointEntry]) -> wire.CheckpointEntry | None:

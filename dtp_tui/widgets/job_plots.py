@@ -119,7 +119,7 @@ def _throughput(history: MetricHistory, ground: _Ground) -> Plot:
 
 
 def _step_time(history: MetricHistory, ground: _Ground) -> Plot:
-    named = (("step", "step_s"), ("data wait", "data_s"))
+    named = (("step", "step_s"), ("data", "data_s"))
     curves = [
         (name, history.series(key), seconds(newest))
         for name, key in named

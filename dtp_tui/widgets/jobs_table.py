@@ -5,6 +5,9 @@ from __future__ import annotations
 from collections.abc import Iterable, Sequence
 from datetime import datetime
 from statistics import fmean
+from typing import ClassVar
+
+from textual.binding import Binding, BindingType
 
 from dtp_engine.engine import JobView
 from dtp_engine.series import sparkline
@@ -19,19 +22,29 @@ COLUMNS = (
     Column("NAME", 12, grow=3),
     Column("STATE", 15, grow=2),
     Column("WORKERS", 7, right=True),
-    Column("STEP", 10, grow=1, right=True),
+    Column("STEP", 11, grow=1, right=True),
     Column("RATE", 8, right=True, rank=1),
     Column("TREND", 8, rank=2),
     Column("USE", 8, right=True, rank=4),
     Column("MEMORY", 9, right=True, rank=5),
     Column("CKPT", 5, right=True, rank=1),
     Column("RAN", 6, right=True, rank=6),
-    Column("REASON", 16, grow=4, rank=7),
+    Column("REASON", 16, grow=8, rank=7),
 )
 EMPTY = "No jobs yet. Start one with:  dtp run job.yaml"
 
 
 class JobsTable(LineTable):
+    BINDINGS: ClassVar[list[BindingType]] = [
+        Binding(
+            "enter",
+            "open",
+            "Open",
+            key_display="enter",
+            tooltip="charts, logs, workers … of the job",
+        ),
+    ]
+
     def __init__(self, *, id: str | None = None) -> None:  # noqa: A002 - Textual's own name
         super().__init__(COLUMNS, empty=EMPTY, id=id)
 
@@ -69,7 +82,7 @@ def job_row(view: JobView, now: datetime) -> Row:
             Span(job.name, Tone.PLAIN, strong=job.active),
             label_span(labels.headline(job, gang)),
             Span(labels.workers(job, gang), _workers_tone(view)),
-            Span(labels.step(gang.step, gang.total_steps) if gang else labels.UNKNOWN),
+            _step(gang),
             Span(labels.throughput(live), ended_or_paused),
             Span(sparkline(live.trend) if live else "", Tone.BUSY),
             usage(live),
@@ -79,6 +92,12 @@ def job_row(view: JobView, now: datetime) -> Row:
             Span(labels.why(job), labels.headline(job, gang).tone),
         ),
     )
+
+
+def _step(gang: wire.Gang | None) -> Span:
+    if gang is None or gang.step is None:
+        return Span(labels.UNKNOWN, Tone.QUIET)
+    return Span(labels.step(gang.step, gang.total_steps))
 
 
 def usage(gang: wire.Gang | None) -> Span:

@@ -32,5 +32,5 @@ class Lines(Toned):
     def render_line(self, y: int) -> Strip:
         width = self.size.width
         if y >= len(self._lines):
-            return Strip.blank(width)
+            return Strip.blank(width, self.rich_style)
         return self.paint(self._lines[y], width)

@@ -22,7 +22,7 @@ from textual.strip import Strip
 from dtp_tui.labels import Tone
 from dtp_tui.widgets.lines import Lines
 from dtp_tui.widgets.log_buffer import Level, LogBuffer, LogEntry, LogFilter
-from dtp_tui.widgets.spans import Line, Span, Toned, joined
+from dtp_tui.widgets.spans import TONES, Line, Span, Toned, joined
 
 WIDEST = 1_000
 """Cells of a line that can be scrolled to."""
@@ -39,7 +39,7 @@ _TONES = {
 class LogPane(ScrollView, Toned, can_focus=True):
     """Lines of a `LogBuffer`. Posts `Changed` when what it shows is to be described anew."""
 
-    COMPONENT_CLASSES: ClassVar[set[str]] = {f"log--rank-{n}" for n in range(RANK_COLOURS)}
+    COMPONENT_CLASSES: ClassVar[set[str]] = TONES | {f"log--rank-{n}" for n in range(RANK_COLOURS)}
     BINDINGS: ClassVar[list[BindingType]] = [
         Binding("up,k", "scroll_up", "Up", show=False),
         Binding("down,j", "scroll_down", "Down", show=False),
@@ -155,7 +155,7 @@ class LogPane(ScrollView, Toned, can_focus=True):
         if row >= self.buffer.shown:
             return Strip.blank(width, self.rich_style)
         strip = self._strip(row)
-        return strip.crop_extend(x, x + width, self.rich_style)
+        return self.grounded(strip.crop_extend(x, x + width, None))
 
     def notify_style_update(self) -> None:
         super().notify_style_update()
@@ -180,7 +180,7 @@ class LogPane(ScrollView, Toned, can_focus=True):
         if not digits.isdecimal():
             return self.ink(Tone.QUIET)
         number = int(digits) % RANK_COLOURS
-        return self.get_component_rich_style(f"log--rank-{number}", partial=True)
+        return self.colour(f"log--rank-{number}")
 
     def _relay(self, *, row: int = 0) -> None:
         self._strips.clear()

@@ -2,7 +2,10 @@
 
 from __future__ import annotations
 
+from typing import ClassVar
+
 from textual.app import ComposeResult
+from textual.binding import Binding, BindingType
 from textual.containers import Grid, Vertical
 
 from dtp_engine.series import MetricHistory
@@ -19,12 +22,18 @@ LAST_EVENTS = 6
 _BAR = 20
 
 
-class Overview(Vertical):
+class Overview(Vertical, can_focus=True):
     """Shows a `JobPicture`; `past` is what its charts show."""
+
+    BINDINGS: ClassVar[list[BindingType]] = [
+        Binding("t", "turn", "Axis", tooltip="charts by time, or by step"),
+        Binding("plus,equals_sign", "closer", "Closer", key_display="+", show=False),
+        Binding("minus", "wider", "Wider", key_display="-", show=False),
+    ]
 
     DEFAULT_CSS = """
     Overview > #stats { height: 3; }
-    Overview > Grid { grid-size: 2 2; height: 1fr; grid-gutter: 0 2; }
+    Overview > Grid { grid-size: 2 2; height: 1fr; grid-gutter: 0 1; }
     Overview > #last-events { height: 6; margin-top: 1; display: none; }
     """
 
@@ -53,6 +62,15 @@ class Overview(Vertical):
         self.past = wanted
         if self._picture is not None:
             self.show_job(self._picture)
+
+    def action_turn(self) -> None:
+        self.set_past(self.past.turned())
+
+    def action_closer(self) -> None:
+        self.set_past(self.past.closer())
+
+    def action_wider(self) -> None:
+        self.set_past(self.past.wider())
 
 
 def stats(picture: JobPicture, shown: Past) -> tuple[Line, Line, Line]:
@@ -104,7 +122,8 @@ def remaining(picture: JobPicture) -> float | None:
 
 def _gang_groups(picture: JobPicture) -> list[tuple[Span, ...]]:
     job, gang, checkpoint = picture.view.job, picture.view.gang, picture.view.checkpoint
-    groups = [(Span("workers ", Tone.QUIET), Span(labels.workers(job, gang)))]
+    workers = (Span("workers ", Tone.QUIET), Span(labels.workers(job, gang)))
+    groups: list[tuple[Span, ...]] = [workers]
     if gang is not None:
         groups.append((Span("generation ", Tone.QUIET), Span(str(gang.generation))))
     if job.attempt > 1:

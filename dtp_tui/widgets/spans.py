@@ -66,18 +66,32 @@ def fit(text: str, width: int) -> str:
     return set_cell_size(text, width - 1) + "…"
 
 
+TONES = {f"tone--{tone}" for tone in Tone}
+"""To be named by a `Toned` class of two bases: textual inherits them along the first only."""
+
+
 class Toned(Widget):
     """A widget that paints spans; `.tone--…` in the style sheet gives each tone its colour."""
 
-    COMPONENT_CLASSES: ClassVar[set[str]] = {f"tone--{tone}" for tone in Tone}
+    COMPONENT_CLASSES: ClassVar[set[str]] = TONES
 
     def ink(self, tone: Tone, *, strong: bool = False) -> Style:
-        style = self.get_component_rich_style(f"tone--{tone}", partial=True)
-        return style + Style(bold=True) if strong else style
+        return self.colour(f"tone--{tone}") + Style(bold=True if strong else None)
+
+    def colour(self, component: str) -> Style:
+        """What a component class says of the letters; the ground stays the widget's own."""
+        style = self.get_component_rich_style(component)
+        return Style(color=style.color, bold=style.bold, italic=style.italic)
+
+    def grounded(self, strip: Strip) -> Strip:
+        """The strip on the widget's background, where it has none of its own."""
+        return strip.apply_style(self.rich_style)
 
     def paint(self, line: Line, width: int) -> Strip:
         """The line in exactly `width` cells."""
-        return paint(line, width, lambda span: self.ink(span.tone, strong=span.strong))
+        return self.grounded(
+            paint(line, width, lambda span: self.ink(span.tone, strong=span.strong))
+        )
 
 
 def paint(line: Line, width: int, ink: Callable[[Span], Style]) -> Strip:

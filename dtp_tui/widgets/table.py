@@ -8,6 +8,7 @@ from typing import ClassVar
 
 from rich.cells import cell_len
 from rich.segment import Segment
+from rich.style import Style
 from textual import events
 from textual.binding import Binding, BindingType
 from textual.geometry import Region, Size
@@ -17,7 +18,7 @@ from textual.scroll_view import ScrollView
 from textual.strip import Strip
 
 from dtp_tui.labels import Tone
-from dtp_tui.widgets.spans import Line, Span, Toned, fit
+from dtp_tui.widgets.spans import TONES, Line, Span, Toned, fit
 
 GAP = 2
 
@@ -64,7 +65,11 @@ def _needed(columns: Sequence[Column], kept: Sequence[int]) -> int:
 class LineTable(ScrollView, Toned, can_focus=True):
     """Rows with a cursor. Posts `Highlighted` when it moves and `Opened` on enter."""
 
-    COMPONENT_CLASSES: ClassVar[set[str]] = {"table--header", "table--cursor", "table--empty"}
+    COMPONENT_CLASSES: ClassVar[set[str]] = {
+        "table--header",
+        "table--cursor",
+        "table--resting",
+    } | TONES
     BINDINGS: ClassVar[list[BindingType]] = [
         Binding("up,k", "move(-1)", "Up", show=False),
         Binding("down,j", "move(1)", "Down", show=False),
@@ -184,10 +189,12 @@ class LineTable(ScrollView, Toned, can_focus=True):
         return self._row(index, width)
 
     def _header(self, width: int) -> Strip:
-        style = self.get_component_rich_style("table--header", partial=True)
+        style = self.colour("table--header")
         cells = (Span(self._columns[i].title) for i in self._widths)
         texts = [text for text, _ in self._laid_out(tuple(cells))]
-        return Strip([Segment(fit(" " + "".join(texts), width), style)], width)
+        return self.grounded(
+            Strip([Segment(fit(" " + "".join(texts).rstrip(), width), style)], width)
+        )
 
     def _row(self, index: int, width: int) -> Strip:
         row = self._rows[index]
@@ -197,10 +204,12 @@ class LineTable(ScrollView, Toned, can_focus=True):
             Segment(text, self.ink(span.tone, strong=span.strong))
             for text, span in self._laid_out(shown)
         )
-        strip = Strip(segments).adjust_cell_length(width, self.rich_style)
-        if index != self.cursor:
-            return strip
-        return strip.apply_style(self.get_component_rich_style("table--cursor", partial=True))
+        strip = Strip(segments).adjust_cell_length(width)
+        if index == self.cursor:
+            name = "table--cursor" if self.has_focus else "table--resting"
+            ground = self.get_component_rich_style(name).bgcolor
+            strip = strip.apply_style(Style(bgcolor=ground))
+        return self.grounded(strip)
 
     def _laid_out(self, cells: Sequence[Span]) -> Iterator[tuple[str, Span]]:
         for (index, width), span in zip(self._widths.items(), cells, strict=True):

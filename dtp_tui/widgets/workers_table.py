@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Sequence
-from statistics import fmean, median
+from statistics import fmean, median_low
 
 from dtp_engine.jobs import Attempt, Placement, PlacementState
 from dtp_engine.series import MetricHistory
@@ -129,7 +129,7 @@ def _share(percent: float | None) -> str:
 def _usual_step(history: MetricHistory, workers: Sequence[int]) -> float | None:
     known = [history.last("step_s", worker) for worker in workers]
     values = [value for value in known if value is not None]
-    return median(values) if len(values) > 1 else None
+    return median_low(values) if len(values) > 1 else None
 
 
 def _lag(took: float | None, usual: float | None) -> Span:

@@ -185,7 +185,8 @@ class MetricHistory:
                 self._enter(attempt, record.at)
                 self._add_host(record)
             case wire.GangEvent():
-                self._add_event(record)
+                if not self._add_event(record):
+                    return
             case wire.Exit():
                 return
         self.revision += 1
@@ -262,12 +263,13 @@ class MetricHistory:
             values["gpu_memory_bytes"] = float(sum(host.gpu_memory_bytes))
         self._put_all(values, host.at, 0, host.worker)
 
-    def _add_event(self, event: wire.GangEvent) -> None:
+    def _add_event(self, event: wire.GangEvent) -> bool:
         kind = mark_kind(event.name)
         if kind is None or event.seq in self._events:
-            return
+            return False
         self._events.add(event.seq)
         insort(self._marks, Mark(event.at, event.step, kind, event.text))
+        return True
 
     def _put_all(
         self, values: Mapping[str, float | None], at: float, step: int, worker: int | None
