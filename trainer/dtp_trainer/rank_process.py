@@ -130,11 +130,15 @@ class Parent:
         number = next(self._ids)
         started: asyncio.Future[RankProcess] = asyncio.get_running_loop().create_future()
         self._starting[number] = (started, output)
-        # A task of its own: a message cut short by a cancellation would spoil the connection.
-        await asyncio.shield(
-            asyncio.create_task(self._send(dataclasses.replace(order, id=number), output))
-        )
-        return await started
+        try:
+            # A task of its own: a message cut short by a cancellation would spoil the connection.
+            order = dataclasses.replace(order, id=number)
+            await asyncio.shield(asyncio.create_task(self._send(order, output)))
+            return await started
+        except BaseException:
+            _abandon(started)
+            output.close()
+            raise
 
     async def aclose(self) -> None:
         """Kill the ranks, wait for their end, disconnect."""
@@ -211,6 +215,12 @@ def _fail(future: asyncio.Future[Any], error: Exception) -> None:
         future.exception()  # marks it as seen: nobody may be waiting
 
 
+def _abandon(started: asyncio.Future[RankProcess]) -> None:
+    """Nobody will take this rank: it is killed, now or when it is there."""
+    if not started.cancel() and not started.exception():
+        started.result().kill()
+
+
 async def _orphaned(rank: RankProcess, ending: asyncio.Future[RankExit]) -> None:
     """The parent is gone, so nobody reports; the kernel has killed the rank, its group is left."""
     rank.kill()
@@ -241,16 +251,26 @@ class _Output:
     @classmethod
     async def open(cls) -> _Output:
         output = cls()
-        for reader in output.readers:
-            await output._attach(reader)
+        try:
+            for reader in output.readers:
+                await output._attach(reader)
+        except BaseException:
+            output.hand_over()
+            output.close()
+            raise
         return output
 
     async def _attach(self, reader: asyncio.StreamReader) -> None:
         read, write = os.pipe()
         self.write_ends += (write,)
-        transport, _ = await asyncio.get_running_loop().connect_read_pipe(
-            lambda: asyncio.StreamReaderProtocol(reader), os.fdopen(read, "rb", buffering=0)
-        )
+        pipe = os.fdopen(read, "rb", buffering=0)
+        try:
+            transport, _ = await asyncio.get_running_loop().connect_read_pipe(
+                lambda: asyncio.StreamReaderProtocol(reader), pipe
+            )
+        except BaseException:
+            pipe.close()
+            raise
         self._transports.append(transport)
 
     def hand_over(self) -> None:

@@ -26,6 +26,7 @@ import socket
 import struct
 import sys
 import time
+import weakref
 from collections.abc import Iterator, Mapping, Sequence
 from dataclasses import dataclass, field
 from pathlib import Path
@@ -44,6 +45,8 @@ PRELOAD = (
     "dtp_trainer.session",
 )
 _HEADER = struct.Struct("!I")
+_LOOK_S = 10.0
+"""An idle process looks this often whether its socket can still be found."""
 
 log = logging.getLogger("dtp.zygote")
 
@@ -117,6 +120,7 @@ class Zygote:
         self._clients: set[_Client] = set()
         self._children: dict[int, _Child] = {}
         self._path = tuple(sys.path)
+        self._busy_at = time.monotonic()
         # Poll, not epoll: an epoll set would be shared with every child.
         self._selector = selectors.PollSelector()
         self._wake, wakes = os.pipe2(os.O_CLOEXEC | os.O_NONBLOCK)
@@ -139,15 +143,17 @@ class Zygote:
 
     def serve(self) -> Birth | None:
         while True:
-            busy = bool(self._clients or self._children)
-            if not busy and self._address is None:
+            timeout = self._patience()
+            if timeout == 0 and self._address is None:
                 return None
-            ready = self._selector.select(None if busy else self._idle_s)
-            if not ready and self._address:
-                self._retire(self._address)
+            ready = self._selector.select(timeout)
+            if timeout is None:
+                self._busy_at = time.monotonic()
             for key, _ in ready:
                 if birth := self._handle(key):
                     return birth
+            if self._address and not self._is_wanted(self._address):
+                self._retire(self._address)
 
     def _handle(self, key: selectors.SelectorKey) -> Birth | None:
         if isinstance(key.data, _Client):
@@ -159,6 +165,17 @@ class Zygote:
                 os.read(self._wake, 4096)
             self._reap()
         return None
+
+    def _patience(self) -> float | None:
+        """How long to wait for something to happen."""
+        if self._clients or self._children:
+            return None
+        return min(_LOOK_S, self._idle_s) if self._address else 0
+
+    def _is_wanted(self, address: Address) -> bool:
+        if self._clients or self._children:
+            return True
+        return time.monotonic() < self._busy_at + self._idle_s and address.path.exists()
 
     # ------------------------------------------------------------------------------- connections
 
@@ -173,7 +190,7 @@ class Zygote:
     def _retire(self, address: Address) -> None:
         """Give up the name, serve those who came in the same moment, then leave. The next client
         finds no socket and starts a successor."""
-        log.info("nobody came for %g s: leaving", self._idle_s)
+        log.info("idle for %g s, or the socket was removed: leaving", self._idle_s)
         address.give_up()
         while self._accept(address):
             pass
@@ -340,6 +357,15 @@ def preload(modules: Sequence[str]) -> bool:
     return threads == 1
 
 
+def _keep_from_children() -> None:
+    """Collections in the children leave the shared pages alone, and what was made here to be
+    finalized at exit (hundreds of torch's operator libraries: 30 ms) is not theirs to finalize."""
+    for finalizer in getattr(weakref.finalize, "_registry", {}).values():
+        finalizer.atexit = False
+    gc.collect()
+    gc.freeze()
+
+
 def listen(path: Path) -> Address | None:
     """The socket of this name; None when a living process has it."""
     lock = os.open(path.with_suffix(".lock"), os.O_CREAT | os.O_RDWR | os.O_CLOEXEC, 0o600)
@@ -378,8 +404,7 @@ def _serve(address: Address | None, arguments: argparse.Namespace) -> Birth | No
     bootstrap.set_name("dtp:zygote")
     bootstrap.adopt_orphans()
     warm = preload(arguments.preload.split(",")) if arguments.preload else False
-    gc.collect()
-    gc.freeze()  # so that collections in the children leave the shared pages alone
+    _keep_from_children()
     zygote = Zygote(address=address, idle_s=arguments.idle, warm=warm)
     if arguments.fd is not None:
         zygote.adopt(socket.socket(fileno=arguments.fd))
