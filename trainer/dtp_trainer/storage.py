@@ -113,15 +113,14 @@ _TEMPORARY = f"{_OWN}tmp-"
 _LOCK = f"{_OWN}lock-"
 _LOCK_DEADLINE_S = 30.0
 _BUFFER_BYTES = 1 << 20
-_SWEPT_AT_MOST = 1024
 
 
 class FileStorage:
     """Objects are files below `root`.
 
-    A write goes to a temporary file beside its target, which its writer keeps locked; so a
-    temporary file that can be locked was left by a dead writer, on any machine that shares the
-    folder, and the next write there removes it.
+    A write goes to a temporary file in `root`, which its writer keeps locked; so a temporary file
+    that can be locked was left by a dead writer, on any machine that shares the folder, and the
+    first write of the next storage there removes it. All of `root` must be one file system.
 
     `write_if` compares under a lock file beside the target. Keys that are changed by `write_if`
     must be changed by nothing else: a plain `write` takes no lock.
@@ -130,7 +129,7 @@ class FileStorage:
     def __init__(self, root: Path) -> None:
         self.root = Path(os.path.abspath(root))  # noqa: PTH100 - resolve() would follow links
         self.uri = self.root.as_uri()
-        self._swept: set[Path] = set()
+        self._swept = False
 
     def __repr__(self) -> str:
         return f"FileStorage({str(self.root)!r})"
@@ -164,13 +163,14 @@ class FileStorage:
     def create(self, key: str) -> Iterator[IO[bytes]]:
         path = self._path(key)
         with _explained("write", key, self.root):
-            _make_folder(path.parent)
-            self._sweep_once(path.parent)
-            temporary, file = _open_temporary(path.parent)
+            _make_folder(self.root)
+            self._sweep_once()
+            temporary, file = _open_temporary(self.root)
             try:
                 yield file
                 file.flush()
                 os.fsync(file.fileno())
+                _make_folder(path.parent)
                 temporary.replace(path)
                 _sync_folder(path.parent)
             except BaseException:
@@ -192,7 +192,7 @@ class FileStorage:
         path = self._path(prefix.rstrip("/"))
         with _explained("delete", prefix, self.root):
             if path.is_dir() and not path.is_symlink():
-                _delete_folder(path)
+                self._delete_folder(path)
             elif path.is_symlink() or path.exists():
                 path.unlink(missing_ok=True)
                 _sync_folder(path.parent)
@@ -215,13 +215,18 @@ class FileStorage:
         if found != tag:
             raise Conflict(f"{key} in {self.root} was changed by another writer; read it again")
 
-    def _sweep_once(self, folder: Path) -> None:
-        if folder in self._swept:
-            return
-        if len(self._swept) >= _SWEPT_AT_MOST:
-            self._swept.clear()
-        self._swept.add(folder)
-        sweep_temporaries(folder)
+    def _sweep_once(self) -> None:
+        if not self._swept:
+            self._swept = True
+            sweep_temporaries(self.root)
+
+    def _delete_folder(self, folder: Path) -> None:
+        """Out of sight in one step, then away; what a kill leaves in between is swept later."""
+        doomed = self.root / f"{_TEMPORARY}{secrets.token_hex(8)}"
+        with contextlib.suppress(FileNotFoundError):
+            folder.rename(doomed)
+            _sync_folder(folder.parent)
+            shutil.rmtree(doomed, ignore_errors=True)
 
 
 def sweep_temporaries(folder: Path) -> None:
@@ -309,17 +314,6 @@ def _sync_folder(folder: Path) -> None:
         os.fsync(descriptor)
     finally:
         os.close(descriptor)
-
-
-def _delete_folder(folder: Path) -> None:
-    """Out of sight in one step, then away; what a kill leaves in between is swept later."""
-    doomed = folder.with_name(f"{_TEMPORARY}{secrets.token_hex(8)}")
-    try:
-        folder.rename(doomed)
-    except FileNotFoundError:
-        return
-    _sync_folder(folder.parent)
-    shutil.rmtree(doomed, ignore_errors=True)
 
 
 def _walk(folder: Path, prefix: str) -> Iterator[Entry]:
