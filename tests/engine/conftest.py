@@ -10,20 +10,52 @@ import sys
 import time
 from collections.abc import AsyncIterator, Callable, Mapping, Sequence
 from datetime import timedelta
+from functools import partial
 from pathlib import Path
+from typing import Any
 
 import psutil
 import pytest
 
 from dtp_engine.backend import Gang, LaunchPlan, Liveness, LogLine, WorkerSight
+from dtp_engine.clock import VirtualClock
 from dtp_engine.jobs import AttemptId, JobSpec, NodeRange, Resources
 from dtp_engine.local.backend import LocalBackend
 from dtp_engine.local.folders import Home, WorkerFolder
 from dtp_engine.settings import Settings
+from dtp_engine.simulated.backend import SimulatedBackend
+from dtp_engine.simulated.cluster import Cluster, Faults
 
 STANDIN = (sys.executable, "-S", str(Path(__file__).with_name("standin_agent.py")))
 WITHIN_S = 20.0
 """Far longer than anything here takes; only a broken promise waits for it."""
+
+
+ONE = AttemptId("digits", 1)
+
+
+def plan_of(
+    workers: Sequence[int],
+    attempt: AttemptId,
+    *,
+    env: Mapping[str, str] | None = None,
+    cpus: float,
+    **spec: Any,
+) -> LaunchPlan:
+    job = JobSpec(
+        name="digits",
+        run="python train.py",
+        nodes=NodeRange(1, 4),
+        resources=Resources(cpus=cpus, memory_bytes=2**20),
+        env=env or {},
+        **spec,
+    )
+    return LaunchPlan(attempt, "digits", job, tuple(workers), len(workers), "secret", 3, 2)
+
+
+def has_exited(worker: int, gang: Gang) -> bool:
+    seen = gang.workers.get(worker)
+    return seen is not None and seen.liveness is Liveness.EXITED
 
 
 class LocalHarness:
@@ -43,21 +75,12 @@ class LocalHarness:
         self,
         workers: Sequence[int] = (0,),
         *,
-        attempt: AttemptId = AttemptId("digits", 1),  # noqa: B008 - frozen
+        attempt: AttemptId = ONE,
         env: Mapping[str, str] | None = None,
         cpus: float = 0.25,
-        **spec: object,
+        **spec: Any,
     ) -> LaunchPlan:
-        job = JobSpec(
-            name="digits",
-            run="python train.py",
-            nodes=NodeRange(1, 4),
-            resources=Resources(cpus=cpus, memory_bytes=2**20),
-            workdir=str(self.path),
-            env=env or {},
-            **spec,  # type: ignore[arg-type]
-        )
-        return LaunchPlan(attempt, "digits", job, tuple(workers), len(workers), "secret", 3, 2)
+        return plan_of(workers, attempt, env=env, cpus=cpus, workdir=str(self.path), **spec)
 
     def folder(self, worker: int, attempt: AttemptId) -> WorkerFolder:
         return self.home.worker(attempt, worker)
@@ -76,11 +99,7 @@ class LocalHarness:
         return gang
 
     async def until_exited(self, attempt: AttemptId, worker: int = 0) -> WorkerSight:
-        def met(gang: Gang) -> bool:
-            seen = gang.workers.get(worker)
-            return seen is not None and seen.liveness is Liveness.EXITED
-
-        return (await self.until(attempt, met)).workers[worker]
+        return (await self.until(attempt, partial(has_exited, worker))).workers[worker]
 
     async def until_running(self, attempt: AttemptId, worker: int = 0) -> None:
         """Beyond the launch: the worker can be told things."""
@@ -143,6 +162,63 @@ class LocalHarness:
             await self.until_exited(attempt, folder.worker)
         await self.backend.aclose()
         assert self.processes() == []
+
+
+class SimulatedHarness:
+    """The simulated cluster, on virtual time that passes only while a test waits."""
+
+    def __init__(self) -> None:
+        self.clock = VirtualClock()
+        self.cluster = Cluster(self.clock)
+        self.backend = SimulatedBackend(self.cluster)
+
+    def plan(
+        self,
+        workers: Sequence[int] = (0,),
+        *,
+        attempt: AttemptId = ONE,
+        env: Mapping[str, str] | None = None,
+        cpus: float = 0.25,
+    ) -> LaunchPlan:
+        self.cluster.faults = Faults(deaf=1.0 if "STUBBORN" in (env or {}) else 0.0)
+        return plan_of(workers, attempt, cpus=cpus)
+
+    async def look(self, attempt: AttemptId) -> Gang:
+        return (await self.backend.observe([attempt]))[attempt]
+
+    async def until(self, attempt: AttemptId, met: Callable[[Gang], bool]) -> Gang:
+        for _ in range(10_000):
+            if met(gang := await self.look(attempt)):
+                return gang
+            await asyncio.sleep(0)  # what a test started meanwhile may begin to wait
+            await self.clock.advance(0.25)
+        pytest.fail(f"still {gang}")
+
+    async def until_exited(self, attempt: AttemptId, worker: int = 0) -> WorkerSight:
+        return (await self.until(attempt, partial(has_exited, worker))).workers[worker]
+
+    async def until_running(self, attempt: AttemptId, worker: int = 0) -> None:
+        await self.until(attempt, lambda _: self.cluster.gangs[attempt].workers[worker].up)
+
+    async def finish_worker(self, attempt: AttemptId, worker: int, code: int) -> None:
+        self.cluster.gangs[attempt].workers[worker].leave(self.cluster.now, code)
+
+    async def kill_worker(self, attempt: AttemptId, worker: int) -> None:
+        self.cluster.kill_worker(attempt, worker)
+
+    async def talk(self, attempt: AttemptId) -> None:
+        """Every worker reports its machine each second."""
+        await self.clock.advance(4)
+
+    async def read(
+        self, attempt: AttemptId, after: Mapping[int, str] | None = None
+    ) -> list[LogLine]:
+        return [line async for line in self.backend.logs(attempt, after=after)]
+
+
+@pytest.fixture
+def simulated() -> SimulatedHarness:
+    return SimulatedHarness()
 
 
 @pytest.fixture
