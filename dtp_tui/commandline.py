@@ -22,12 +22,12 @@ class Command:
 
 COMMANDS = (
     Command("jobs", "", "all jobs", ("j",)),
-    Command("job", "NAME", "one job: its charts", ("open",)),
-    *(Command(tab, "[NAME]", f"the {tab} of a job") for tab in TABS[1:]),
-    Command("pause", "[NAME]", "checkpoint, and free the machines"),
-    Command("resume", "[NAME]", "go on from a checkpoint"),
-    Command("scale", "[NAME]", "more or fewer workers"),
-    Command("stop", "[NAME]", "checkpoint, and end the job"),
+    Command("job", "NAME", "its charts", ("open",)),
+    *(Command(tab, "[NAME]", f"its {tab}") for tab in TABS[1:]),
+    Command("pause", "[NAME]", "checkpoint, free machines"),
+    Command("resume", "[NAME]", "from a checkpoint on"),
+    Command("scale", "[NAME]", "its workers"),
+    Command("stop", "[NAME]", "checkpoint, and end it"),
     Command("help", "", "keys and commands", ("h", "?")),
     Command("quit", "", "leave; jobs go on", ("q", "exit")),
 )

@@ -4,7 +4,6 @@ from __future__ import annotations
 
 import asyncio
 import contextlib
-import os
 import signal
 from collections.abc import Awaitable, Callable
 from dataclasses import dataclass
@@ -14,10 +13,11 @@ from typing import ClassVar
 from textual.app import App
 from textual.binding import Binding, BindingType
 from textual.theme import Theme
+from textual.worker import WorkerFailed
 
 from dtp_engine.engine import Engine
 from dtp_engine.errors import DtpError
-from dtp_tui import asking, consequences
+from dtp_tui import asking, consequences, crash
 from dtp_tui.commandline import BadCommand, Order, parse, verb_of
 from dtp_tui.feed import Feed, wall_clock
 from dtp_tui.labels import Tone
@@ -65,7 +65,7 @@ class DtpApp(App[None]):
     TITLE = "dtp"
     ENABLE_COMMAND_PALETTE = False
     BINDINGS: ClassVar[list[BindingType]] = [
-        Binding("ctrl+c", "leave", "Quit", show=False, system=True),
+        Binding("ctrl+c,ctrl+q", "leave", "Quit", show=False, system=True),
     ]
 
     def __init__(self, source: Source, *, job: str | None = None) -> None:
@@ -99,18 +99,23 @@ class DtpApp(App[None]):
 
     def on_cluster_polled(self, message: ClusterPolled) -> None:
         self.cluster = message.picture
-        if self.front.is_ready:
+        if self._is_shown:
             with self.batch_update():
                 self.front.show_cluster(message.picture)
 
     def on_job_polled(self, message: JobPolled) -> None:
-        if self.front.is_ready:
+        if self._is_shown:
             with self.batch_update():
                 self.front.show_job(message.picture)
 
     def on_lines_arrived(self, message: LinesArrived) -> None:
-        if self.front.is_ready:
+        if self._is_shown:
             self.front.show_lines(message)
+
+    @property
+    def _is_shown(self) -> bool:
+        """Screens are taken down while messages still come."""
+        return self.is_running and self.front.is_ready
 
     @property
     def front(self) -> Frame:
@@ -225,14 +230,10 @@ class DtpApp(App[None]):
         self.look_now()
 
     def _fatal_error(self) -> None:
-        """One line where textual would print a page; the page for whoever asks for it."""
-        if "DTP_TRACEBACK" in os.environ:
-            super()._fatal_error()
-            return
-        self._exit_renderables.append(
-            f"dtp-tui: internal error: {self._exception!r}; "
-            "jobs are not affected. DTP_TRACEBACK=1 shows where it happened."
-        )
+        """One line where textual would print pages; they are kept in a file."""
+        error = self._exception or RuntimeError("unknown")
+        cause = error.error if isinstance(error, WorkerFailed) else error
+        self._exit_renderables.append(f"dtp-tui: {crash.report(cause, ['dtp-tui'])}")
         self._close_messages_no_wait()
 
     def _catch_signals(self) -> None:

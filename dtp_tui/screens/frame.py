@@ -37,14 +37,20 @@ class Frame(Screen[None]):
     AUTO_FOCUS = ""
     VERTICAL_BREAKPOINTS = [(0, "-short"), (38, "-tall")]  # noqa: RUF012 - as textual declares it
     BINDINGS: ClassVar[list[BindingType]] = [
-        Binding("P", "ask('pause')", "Pause", tooltip="checkpoint, and free the machines"),
+        Binding("P", "ask('pause')", "Pause", tooltip="checkpoint, free machines"),
         Binding("R", "ask('resume')", "Resume", tooltip="go on from a checkpoint"),
         Binding("S", "ask('scale')", "Scale", tooltip="more or fewer workers"),
         Binding("X", "ask('stop')", "Stop", tooltip="checkpoint, and end the job"),
-        Binding("slash", "filter", "Filter", key_display="/"),
+        Binding(
+            "slash",
+            "filter",
+            "Filter",
+            key_display="/",
+            tooltip="what matches; ! = what does not",
+        ),
         Binding("colon", "command", "Command", key_display=":"),
         Binding("question_mark", "help", "Help", key_display="?"),
-        Binding("r", "refresh_now", "Look again now", show=False),
+        Binding("r", "refresh_now", "Refresh", tooltip="look again now", show=False),
         Binding("escape", "back", "Back", show=False),
     ]
 

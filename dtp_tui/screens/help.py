@@ -16,13 +16,11 @@ from dtp_tui.labels import STATES, Tone
 from dtp_tui.widgets.lines import Lines
 from dtp_tui.widgets.spans import Line, Span
 
-_EVERYWHERE = (
-    ("1 … 6, tab", "the tabs of a job"),
+EVERYWHERE = (
     ("j k ↑ ↓ g G", "move"),
-    ("PgUp PgDn", "a page"),
-    ("enter", "open"),
-    ("esc q", "back"),
-    ("/ !", "filter; ! turns it round"),
+    ("esc q", "back, quit"),
+    (":", "type a command"),
+    ("?", "this help"),
     ("shift+mouse", "select text"),
 )
 
@@ -43,10 +41,10 @@ class HelpScreen(ModalScreen[None]):
         with VerticalScroll(id="help"):
             with Horizontal():
                 with Vertical():
-                    yield _block("Here", self._keys)
-                    yield _block("Everywhere", _EVERYWHERE)
+                    yield _block("Keys here", self._keys)
+                    yield _block("Keys everywhere", EVERYWHERE)
                 with Vertical():
-                    yield _block("Commands", commands())
+                    yield _block("Commands (… = a job's name)", commands())
                     yield _block("States", states())
             yield Static(
                 "Lower case never changes anything. "
@@ -59,7 +57,8 @@ class HelpScreen(ModalScreen[None]):
 
 
 def commands() -> list[tuple[str, str]]:
-    return [(f":{command.name} {command.argument}".rstrip(), command.help) for command in COMMANDS]
+    """Those that end in ``…`` take the name of a job, or mean the one that is selected."""
+    return [(f":{c.name}{' …' if c.argument else ''}", c.help) for c in COMMANDS]
 
 
 def states() -> list[tuple[str, str]]:
@@ -69,13 +68,13 @@ def states() -> list[tuple[str, str]]:
 def keys_of(
     bindings: Iterable[ActiveBinding], display: Callable[[Binding], str]
 ) -> list[tuple[str, str]]:
-    """What each key of a screen does, those that change something last."""
+    """What each key of a screen does, as far as its tooltip says; those that change something
+    last."""
     seen: dict[str, tuple[list[str], str]] = {}
     for active in bindings:
         binding = active.binding
-        if binding.description and not binding.system and not binding.key.isdecimal():
-            words = binding.tooltip or binding.description
-            seen.setdefault(binding.action, ([], words))[0].append(display(binding))
+        if binding.tooltip:
+            seen.setdefault(binding.action, ([], binding.tooltip))[0].append(display(binding))
     rows = [(" ".join(dict.fromkeys(keys)), words) for keys, words in seen.values()]
     return sorted(rows, key=lambda row: len(row[0]) == 1 and row[0].isupper())
 

@@ -34,7 +34,7 @@ class JobScreen(Frame):
             Binding(str(n), f"tab('{tab}')", tab.capitalize(), show=False)
             for n, tab in enumerate(TABS, start=1)
         ),
-        Binding("tab", "turn(1)", "Next tab", show=False),
+        Binding("tab", "turn(1)", "Next tab", tooltip="next tab; 1 … 6 choose one", show=False),
         Binding("shift+tab", "turn(-1)", "Previous tab", show=False),
         Binding("q", "back", "Back", show=False),
     ]

@@ -41,7 +41,7 @@ class JobsTable(LineTable):
             "open",
             "Open",
             key_display="enter",
-            tooltip="charts, logs, workers … of the job",
+            tooltip="charts, logs, workers …",
         ),
     ]
 

@@ -49,12 +49,26 @@ class LogPane(ScrollView, Toned, can_focus=True):
         Binding("G,end", "follow_end", "Newest line", show=False),
         Binding("pageup,ctrl+b", "page_up", "Page up", show=False),
         Binding("pagedown,ctrl+f", "page_down", "Page down", show=False),
-        Binding("f", "toggle_follow", "Follow", tooltip="follow the end, or stand still"),
+        Binding("f", "toggle_follow", "Follow", tooltip="follow the end, or stay"),
         Binding("e", "toggle_errors", "Errors", tooltip="warnings and errors only"),
         Binding("t", "toggle_times", "Times", tooltip="show the time of each line"),
-        Binding("full_stop", "turn_source(1)", "Next rank", key_display=".", show=False),
-        Binding("comma", "turn_source(-1)", "Previous rank", key_display=",", show=False),
-        Binding("a", "all_sources", "All ranks", show=False),
+        Binding(
+            "full_stop",
+            "turn_source(1)",
+            "Next rank",
+            key_display=".",
+            tooltip="only the next rank's lines",
+            show=False,
+        ),
+        Binding(
+            "comma",
+            "turn_source(-1)",
+            "Previous rank",
+            key_display=",",
+            tooltip="only the previous rank's",
+            show=False,
+        ),
+        Binding("a", "all_sources", "All ranks", tooltip="all ranks", show=False),
     ]
 
     follow: reactive[bool] = reactive(default=True, repaint=False)

@@ -27,8 +27,22 @@ class Overview(Vertical, can_focus=True):
 
     BINDINGS: ClassVar[list[BindingType]] = [
         Binding("t", "turn", "Axis", tooltip="charts by time, or by step"),
-        Binding("plus,equals_sign", "closer", "Closer", key_display="+", show=False),
-        Binding("minus", "wider", "Wider", key_display="-", show=False),
+        Binding(
+            "plus,equals_sign",
+            "closer",
+            "Closer",
+            key_display="+",
+            tooltip="charts of a shorter past",
+            show=False,
+        ),
+        Binding(
+            "minus",
+            "wider",
+            "Wider",
+            key_display="-",
+            tooltip="charts of a longer past",
+            show=False,
+        ),
     ]
 
     DEFAULT_CSS = """
