@@ -24,6 +24,9 @@ from dtp_trainer.wire import RANKS_FOLDER, Env, Launch, ProcessRecord, Window, e
 
 POLL_S = 0.2
 WINDOW_S = 1.0
+HEAD_START_S = 0.05
+"""Of rank 0, which serves the store that the others connect to: torch waits half a second and more
+after a connection that was refused."""
 OUTPUT_S, OUTPUT_OF_FAILED_S = 2.0, 0.3
 """After a rank's end: how long the last lines of its output are waited for."""
 _SHELLS = frozenset({"sh", "bash", "dash", "zsh", "ksh", "fish"})
@@ -107,6 +110,8 @@ class Crew:
 
     async def _run_rank(self, rank: int) -> None:
         tail: deque[str] = deque(maxlen=TAIL_LINES)
+        if rank:
+            await asyncio.sleep(HEAD_START_S)
         try:
             process = await self._launcher.start(self._spec(rank))
         except (RankError, OSError) as error:

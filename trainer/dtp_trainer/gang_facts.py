@@ -112,10 +112,10 @@ def _hear(state: State, worker: int, message: FromMember, now: float) -> State:
 def _count_exit(state: State, worker: int, exited: RankExited) -> State:
     if exited.generation != state.generation or worker not in state.busy:
         return state
-    shown = progress.forget_ranks(state.progress, (exited.rank,))
-    grouped = shown.formed_group or exited.formed_group
     return replace(
-        state, exits=(*state.exits, exited), progress=replace(shown, formed_group=grouped)
+        state,
+        exits=(*state.exits, exited),
+        progress=progress.exited(state.progress, exited),
     )
 
 

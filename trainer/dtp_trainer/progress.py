@@ -6,7 +6,7 @@ import dataclasses
 from collections.abc import Iterable, Mapping
 
 from dtp_trainer import wire
-from dtp_trainer.messages import Beat
+from dtp_trainer.messages import Beat, RankExited
 
 TREND_WINDOWS = 16
 
@@ -30,6 +30,8 @@ class Progress:
     trend: tuple[float, ...] = ()
     hosts: Mapping[int, wire.Host] = dataclasses.field(default_factory=dict)
     ranks: Mapping[int, RankProgress] = dataclasses.field(default_factory=dict)
+    newest: int = 0
+    """The newest step that any rank of this generation told of; 0 before the first."""
     reporting: bool = False
     """In this generation, ranks opened step files: a missing step means something."""
     formed_group: bool = False
@@ -37,13 +39,10 @@ class Progress:
 
     @property
     def step(self) -> int | None:
-        """The newest step of the job, None before its first."""
-        steps = [rank.step for rank in self.ranks.values() if rank.step]
-        if self.window is not None:
-            steps.append(self.window.step)
-        if steps:
-            return max(steps)
-        return self.shown.step if self.shown else None
+        """Where the job stands, which may be before where it was: generations start from
+        checkpoints. None before the job's first step."""
+        source = self.window or self.shown
+        return self.newest or (source.step if source else None)
 
     @property
     def total_steps(self) -> int | None:
@@ -60,7 +59,7 @@ class Progress:
 def begun(progress: Progress, ranks: Iterable[int], now: float) -> Progress:
     """A generation with these ranks starts."""
     fresh = {rank: RankProgress(0, now) for rank in ranks}
-    return dataclasses.replace(progress, ranks=fresh, reporting=False)
+    return dataclasses.replace(progress, ranks=fresh, reporting=False, newest=0)
 
 
 def heard(progress: Progress, worker: int, beat: Beat, *, generation: int, now: float) -> Progress:
@@ -74,6 +73,7 @@ def heard(progress: Progress, worker: int, beat: Beat, *, generation: int, now: 
     progress = dataclasses.replace(
         progress,
         ranks=_advanced(progress.ranks, beat.steps, now),
+        newest=max((progress.newest, *beat.steps.values())),
         reporting=progress.reporting or beat.reporting,
     )
     return _with_window(progress, beat.window)
@@ -84,11 +84,15 @@ def forget_worker(progress: Progress, worker: int) -> Progress:
     return dataclasses.replace(progress, hosts=hosts)
 
 
-def forget_ranks(progress: Progress, ranks: Iterable[int]) -> Progress:
-    """Ranks that exited are not waited for."""
-    gone = set(ranks)
-    kept = {rank: p for rank, p in progress.ranks.items() if rank not in gone}
-    return dataclasses.replace(progress, ranks=kept)
+def exited(progress: Progress, how: RankExited) -> Progress:
+    """A rank is gone, and not waited for."""
+    kept = {rank: p for rank, p in progress.ranks.items() if rank != how.rank}
+    return dataclasses.replace(
+        progress,
+        ranks=kept,
+        newest=max(progress.newest, how.step),
+        formed_group=progress.formed_group or how.formed_group,
+    )
 
 
 def stalled_since(progress: Progress) -> float | None:
@@ -135,4 +139,5 @@ def _with_window(progress: Progress, window: wire.Window | None) -> Progress:
     trend = progress.trend
     if window.samples_per_s is not None:
         trend = (*trend, window.samples_per_s)[-TREND_WINDOWS:]
-    return dataclasses.replace(progress, window=window, trend=trend)
+    newest = max(progress.newest, window.step)
+    return dataclasses.replace(progress, window=window, trend=trend, newest=newest)
