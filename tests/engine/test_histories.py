@@ -9,7 +9,7 @@ from __future__ import annotations
 import asyncio
 import itertools
 import random
-from collections.abc import Awaitable, Callable, Sequence
+from collections.abc import Awaitable, Callable, Mapping, Sequence
 from dataclasses import dataclass, field, replace
 from datetime import timedelta
 from typing import Any, cast
@@ -21,6 +21,7 @@ from dtp_engine.clock import VirtualClock
 from dtp_engine.controller import Controller
 from dtp_engine.errors import LeaseLost
 from dtp_engine.jobs import (
+    AttemptId,
     CheckpointPolicy,
     Event,
     Intent,
@@ -29,6 +30,7 @@ from dtp_engine.jobs import (
     JobState,
     NodeRange,
     PlacementState,
+    Reason,
     Request,
     RequestKind,
     RetryPolicy,
@@ -45,6 +47,8 @@ TTL_S = 20.0
 STEPS = 50
 CANCEL_WITHIN_S = 120.0
 """Grace, margin, the lease of a lost controller, and a few looks."""
+LOST_CALLS = 0.05
+"""Share of the launches and stops that the platform accepts and forgets."""
 MACHINE = Machine("m", cpus=2, memory_bytes=8 * GIB, gpus=0)
 
 
@@ -71,17 +75,20 @@ class Fuse:
 
 
 class Fused:
-    """A ledger or backend whose caller may die before and after each call."""
+    """A ledger or backend whose caller may die before and after each call; some calls get lost."""
 
-    def __init__(self, inner: object, fuse: Fuse) -> None:
+    def __init__(self, inner: object, fuse: Fuse, luck: random.Random) -> None:
         self._inner = inner
         self._fuse = fuse
+        self._luck = luck
 
     def __getattr__(self, name: str) -> Callable[..., Awaitable[Any]]:
         method = getattr(self._inner, name)
 
         async def call(*args: Any, **kwargs: Any) -> Any:
             await self._fuse.burn()
+            if name in ("launch", "stop") and self._luck.random() < LOST_CALLS:
+                return None
             result = await method(*args, **kwargs)
             await self._fuse.burn()
             return result
@@ -124,8 +131,8 @@ class World:
 
     def _new_controller(self) -> Controller:
         self.holder = f"sim:{next(self.holders)}:0"
-        ledger = cast(Ledger, Fused(self.ledger, self.fuse))
-        backend = cast(Backend, Fused(SimulatedBackend(self.cluster), self.fuse))
+        ledger = cast(Ledger, Fused(self.ledger, self.fuse, self.luck))
+        backend = cast(Backend, Fused(SimulatedBackend(self.cluster), self.fuse, self.luck))
         keeper = LeaseKeeper(ledger, self.clock, self.holder, ttl_s=TTL_S, liveness=self._liveness)
         return Controller(ledger, backend, self.clock, keeper)
 
@@ -287,8 +294,28 @@ async def check(world: World) -> None:
             if attempt.job_id == job.id and not worker.exited and worker.asked_at is None
         ]
         assert len(staying) <= job.spec.nodes.max, f"{job.id}: {len(staying)} workers"
-    used = sum(1 for _ in alive)
-    assert used <= 2 * len(world.cluster.present), "more workers than the machines hold"
+    workers = [w for gang in world.cluster.gangs.values() for w in gang.workers.values()]
+    crowded = [w for w in workers if w.reason is Reason.NO_CAPACITY]
+    assert not crowded, "more workers than the machines hold"
+
+
+async def placements(world: World) -> dict[AttemptId, dict[int, PlacementState]]:
+    jobs = [job.id for job in await world.ledger.jobs()]
+    attempts = await world.ledger.attempts(jobs)
+    return {a.id: {p.worker: p.state for p in a.placements} for a in attempts}
+
+
+async def check_unseen(world: World, before: Mapping[AttemptId, Mapping[int, Any]]) -> None:
+    """What could not be observed was neither forgotten nor, unasked, stopped or replaced."""
+    if world.cluster.is_reachable:
+        return
+    after = await placements(world)
+    for job in await world.ledger.jobs():
+        attempt = AttemptId(job.id, job.attempt)
+        for worker, state in before.get(attempt, {}).items():
+            now = after[attempt][worker]
+            assert now is state or (now is PlacementState.STOPPING and job.intent is not Intent.RUN)
+        assert attempt not in before or len(after[attempt]) == len(before[attempt])
 
 
 async def check_records(world: World) -> None:
@@ -333,8 +360,10 @@ async def play(seed: int) -> None:
         await world.submit()
         for _ in range(STEPS):
             await world.happen()
+            before = await placements(world)
             await world.sweep()
             await check(world)
+            await check_unseen(world, before)
         await check_records(world)
         await world.calm_down()
         if seed % 2:
