@@ -58,8 +58,9 @@ class Session:
         scheduler: Stateful | None = None,
         state: Mapping[str, Stateful] | None = None,
     ) -> None:
-        """`state` names further objects with `state_dict` and `load_state_dict` (an EMA, a gradient
-        scaler). Ends the script with one line when the checkpoint does not fit."""
+        """`state` names further objects with `state_dict` and `load_state_dict`, the same on every
+        rank (an average of the weights, a gradient scaler). Ends the script with one line when the
+        checkpoint does not fit."""
         self.global_step = 0
         self._course: course.Course | None = None
         self._loader: Loader | None = None
