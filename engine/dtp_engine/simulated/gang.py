@@ -224,7 +224,7 @@ class SimulatedGang:
     def _elect(self, at: float) -> None:
         numbers = [worker.number for worker in self.members]
         if numbers:
-            self.leader = min(numbers)
+            self.leader = self.memory.leader = min(numbers)
             self.term += 1
             self.memory.tell(at, "leader_elected", f"worker {self.leader} leads")
 

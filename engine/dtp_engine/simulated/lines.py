@@ -41,12 +41,11 @@ def _position(cursor: str | None, worker: Worker) -> tuple[int, int]:
 
 
 def _printed(gang: SimulatedGang, worker: Worker, second: int) -> Iterator[Printed]:
-    if worker.number == gang.leader:
-        for event in gang.memory.events:
-            if second - 1 < event.at <= second:
-                yield event, None
+    for event in gang.memory.events:
+        if second - 1 < event.at <= second and gang.memory.tellers[event.seq] == worker.number:
+            yield event, None
     yield _host(gang, worker, second), None
-    segment = _segment_at(gang, second)
+    segment = gang.timeline.at(second)
     if segment is not None and worker.number in segment.workers:
         window = _window(gang, segment, worker.number, second)
         if window is not None:
@@ -55,11 +54,6 @@ def _printed(gang: SimulatedGang, worker: Worker, second: int) -> Iterator[Print
                 yield None, _text(window)
     if worker.exited and second - 1 < worker.gone_at <= second and worker.code is not None:
         yield wire.Exit(worker.gone_at, worker.number, worker.code, gang.detail), None
-
-
-def _segment_at(gang: SimulatedGang, at: float) -> Segment | None:
-    found = [s for s in gang.timeline.segments if s.start < at <= s.end]
-    return found[-1] if found else None
 
 
 def _host(gang: SimulatedGang, worker: Worker, second: int) -> wire.Host:

@@ -20,6 +20,10 @@ class JobMemory:
     events: list[wire.GangEvent] = field(default_factory=list)
     told: int = 0
     """Number of the last event."""
+    leader: int | None = None
+    """Worker of the newest attempt that tells the next events."""
+    tellers: dict[int, int | None] = field(default_factory=dict)
+    """Number of an event → the worker that told it."""
     met: set[int] = field(default_factory=set)
     """Steps at which the script has failed or hung already."""
 
@@ -31,6 +35,7 @@ class JobMemory:
 
     def tell(self, at: float, name: str, text: str, *, step: int | None = None) -> None:
         self.told += 1
+        self.tellers[self.told] = self.leader
         event = wire.GangEvent(self.told, at, name, text, self.generation, step)
         self.events = [*self.events[-KEPT_EVENTS + 1 :], event]
 

@@ -91,7 +91,7 @@ def _members(gang: SimulatedGang, at: float) -> tuple[wire.Member, ...]:
 def usage(gang: SimulatedGang, worker: int, at: float) -> Usage:
     """CPU, memory and GPUs of a worker, at this second."""
     need, second = gang.plan.spec.resources, int(at)
-    busy = gang.timeline.current is not None
+    busy = gang.timeline.at(at) is not None
     jitter = curves.noise(worker * 7919, second)
     cpu = need.cpus * (88 + 8 * jitter if busy else 4 + 2 * jitter)
     gpu = tuple(

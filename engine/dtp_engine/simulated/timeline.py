@@ -47,6 +47,10 @@ class Timeline:
     def last(self) -> Segment | None:
         return self.segments[-1] if self.segments else None
 
+    def at(self, at: float) -> Segment | None:
+        """The one under way at that time."""
+        return next((s for s in reversed(self.segments) if s.start < at <= s.end), None)
+
     def begin(self, segment: Segment) -> None:
         self.segments.append(segment)
 
