@@ -24,7 +24,7 @@ def lines_between(gang: SimulatedGang, after: Mapping[int, str], now: float) -> 
     workers = [worker for worker in gang.workers.values() if worker.up]
     done = {w.number: _position(after.get(w.number), w) for w in workers}
     first = min((second for second, _ in done.values()), default=math.floor(now))
-    for second in range(first, math.floor(now) + 1):
+    for second in range(first, math.ceil(now)):  # this very moment may still bring more
         for worker in workers:
             if second > worker.gone_at + 1:
                 continue
