@@ -133,8 +133,9 @@ class Parent:
         try:
             # A task of its own: a message cut short by a cancellation would spoil the connection.
             order = dataclasses.replace(order, id=number)
-            await asyncio.shield(asyncio.create_task(self._send(order, output)))
-            return await started
+            async with asyncio.timeout(READY_S):
+                await asyncio.shield(asyncio.create_task(self._send(order, output)))
+                return await started
         except BaseException:
             _abandon(started)
             output.close()

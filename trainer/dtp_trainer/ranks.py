@@ -102,7 +102,7 @@ class RankLauncher:
             except Lost:
                 log.warning("the process to fork from was killed: trying another")
             except TimeoutError:
-                raise Unreachable(f"its imports took more than {READY_S:.0f} s") from None
+                raise Unreachable(f"it did not answer for {READY_S:.0f} s") from None
             except Refused as error:
                 raise RankError(str(error)) from None
         raise Unreachable(f"it was killed {_TRIES} times")

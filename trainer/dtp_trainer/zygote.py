@@ -362,6 +362,7 @@ def _keep_from_children() -> None:
     finalized at exit (hundreds of torch's operator libraries: 30 ms) is not theirs to finalize."""
     for finalizer in getattr(weakref.finalize, "_registry", {}).values():
         finalizer.atexit = False
+    sys.stdout.flush()  # or every child would print again what an import printed
     gc.collect()
     gc.freeze()
 
