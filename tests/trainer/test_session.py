@@ -145,15 +145,18 @@ def job(tmp_path: Path, launcher: RankLauncher) -> Job:
     return Job(tmp_path / "job", launcher)
 
 
-async def test_three_pauses_leave_every_loss_as_it_was(tmp_path: Path, job: Job) -> None:
+@pytest.mark.parametrize("world", [2, 3])
+async def test_three_pauses_leave_every_loss_as_it_was(
+    tmp_path: Path, job: Job, world: int
+) -> None:
     """At the same world size all losses are equal to the bit: dropout, batch norm, random data,
     schedule and the script's own state included."""
     calm = Job(tmp_path / "calm", job._launcher)
-    assert await calm.run(2) == [0, 0]
+    assert await calm.run(world) == [0] * world
     for asked in ("0:3", "1:9", "0:16 1:16"):
-        assert await job.run(2, ASK=asked, PACE="0.02") == [75, 75]
+        assert await job.run(world, ASK=asked, PACE="0.02") == [75] * world
         assert len(set(job.last_steps())) == 1
-    assert await job.run(2) == [0, 0]
+    assert await job.run(world) == [0] * world
     assert job.notes() == calm.notes()
     assert sorted(job.notes()) == list(range(1, STEPS + 1))
 
@@ -254,6 +257,25 @@ async def test_a_checkpoint_that_does_not_fit_ends_the_script_in_one_line(
     (line,) = [line for line in job.err.splitlines() if "resumed" not in line]
     assert line.startswith("dtp: ")
     assert words in line
+
+
+async def test_state_that_cannot_be_kept_is_said_after_the_first_step(job: Job) -> None:
+    """Not at the pause: the script ends with one line that names it."""
+    assert await job.run(1, ODD="1") == [1]
+    (line,) = job.err.splitlines()
+    assert line.startswith("dtp: ")
+    assert "odd" in line
+    assert job.last_steps() == [1]
+
+
+@pytest.mark.parametrize("asked", ["0:2", ""])
+async def test_what_could_not_be_kept_is_no_success(job: Job, small_disk: Path, asked: str) -> None:
+    """On a full disk neither a pause nor the end of the training pretends to have a checkpoint."""
+    job.storage = FileStorage(small_disk)
+    assert await job.run(2, ASK=asked, WIDTH=40_000) == [1, 1]
+    assert job.checkpoints() == []
+    assert "could not be kept" in job.err
+    assert "Traceback" not in job.err
 
 
 async def test_ranks_of_an_older_generation_leave_without_a_trace(job: Job) -> None:

@@ -2,10 +2,11 @@
 
 from __future__ import annotations
 
+import contextlib
 import json
 import os
 import time
-from collections.abc import Callable, Mapping
+from collections.abc import Callable, Iterator, Mapping
 from dataclasses import dataclass
 from enum import IntEnum
 from typing import Any
@@ -22,9 +23,10 @@ from dtp_trainer.checkpoint import (
 )
 from dtp_trainer.distributed import World
 from dtp_trainer.heads import Fenced, Retention
-from dtp_trainer.stop import StopRequest
+from dtp_trainer.stop import SessionError, StopRequest
 from dtp_trainer.storage import Storage, open_storage
 from dtp_trainer.telemetry import say
+from dtp_trainer.tree import UnsupportedState
 from dtp_trainer.wire import Env
 
 
@@ -86,7 +88,9 @@ class Keeper:
         self._agreement = Agreement(self._world, step)
 
     def prepare(self, bundle: StateBundle) -> None:
-        self._saver.prepare(bundle)
+        """After the first step, so that no later one has to find room for its state."""
+        with _named():
+            self._saver.prepare(bundle)
 
     # --------------------------------------------------------------------------- at a step's end
 
@@ -133,14 +137,15 @@ class Keeper:
 
     def _save(self, snapshot: Snapshot, *, blocking: bool) -> SaveReport | None:
         self._saved_step, self._saved_at = snapshot.step, time.monotonic()
-        return self._saver.save(
-            snapshot.bundle,
-            step=snapshot.step,
-            epoch=snapshot.epoch,
-            values=snapshot.values,
-            data_state=snapshot.data_state,
-            blocking=blocking,
-        )
+        with _named():
+            return self._saver.save(
+                snapshot.bundle,
+                step=snapshot.step,
+                epoch=snapshot.epoch,
+                values=snapshot.values,
+                data_state=snapshot.data_state,
+                blocking=blocking,
+            )
 
     def _agreed(self, keep: Callable[[], SaveReport | None]) -> Kept:
         """The worst that any rank has to say of it; a collective."""
@@ -157,6 +162,15 @@ class Keeper:
         if report.outcome is Outcome.FENCED:
             self._fenced = True
             say(f"this rank leaves: {report.error}")
+
+
+@contextlib.contextmanager
+def _named() -> Iterator[None]:
+    """State that no checkpoint can hold ends the script with one line."""
+    try:
+        yield
+    except UnsupportedState as error:
+        raise SessionError(str(error)) from None
 
 
 def open_keeper(world: World, stop: StopRequest) -> Keeper | None:

@@ -21,13 +21,12 @@ from typing import Any, Self
 
 import torch
 from torch import Tensor, nn
-from torch.nn.parallel import DistributedDataParallel
 from torch.optim import Optimizer
 
 from dtp_trainer import course
 from dtp_trainer.agreement import Decision, Leave
 from dtp_trainer.checkpoint import LoadedCheckpoint
-from dtp_trainer.distributed import join
+from dtp_trainer.distributed import join, wrapped
 from dtp_trainer.keeper import Kept, Snapshot, open_keeper
 from dtp_trainer.loader import Collate, Dataset, Loader, to_device
 from dtp_trainer.sampler import Lanes, SamplerError
@@ -73,11 +72,11 @@ class Session:
         with _starting(self._stop):
             with self._stop.leaving_at_once():
                 self._world = join()
-            self._telemetry = Telemetry(self.rank, self.world_size)
-            model.to(self.device)
-            self._state = TrainingState(model, optimizer, scheduler, state or {}, self._world)
-            self._keeper = open_keeper(self._world, self._stop)
-            self._resume()
+                self._telemetry = Telemetry(self.rank, self.world_size)
+                model.to(self.device)
+                self._state = TrainingState(model, optimizer, scheduler, state or {}, self._world)
+                self._keeper = open_keeper(self._world, self._stop)
+                self._resume()
             self._leave_if_asked()
         self._watch = Stopwatch()
         self._first_step = self.global_step + 1
@@ -107,10 +106,7 @@ class Session:
     def ddp(self, model: nn.Module, **options: Any) -> nn.Module:
         """The model for the forward pass: wrapped for gradients to be averaged, or itself when
         there is one rank. `options` are those of `DistributedDataParallel`."""
-        if self.world_size == 1:
-            return model
-        devices = [self.device.index] if self.device.type == "cuda" else None
-        return DistributedDataParallel(model, device_ids=devices, **options)
+        return wrapped(model, self._world, **options)
 
     def batches(
         self,

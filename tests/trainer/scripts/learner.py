@@ -39,7 +39,8 @@ class Average:
         self.value = 0.9 * self.value + 0.1 * weight.detach().mean()
 
     def state_dict(self) -> dict[str, torch.Tensor]:
-        return {"value": self.value}
+        odd = {"odd": object()} if "ODD" in os.environ else {}
+        return {"value": self.value, **odd}
 
     def load_state_dict(self, state: dict[str, torch.Tensor]) -> None:
         self.value = state["value"]
