@@ -239,7 +239,8 @@ class Leader:
         self._ports[order.ticket] = asyncio.get_running_loop().create_future()
         self._send(order.worker, AskPort(order.ticket))
         try:
-            return await asyncio.wait_for(self._ports[order.ticket], ANSWER_S)
+            async with asyncio.timeout(ANSWER_S):
+                return await self._ports[order.ticket]
         finally:
             del self._ports[order.ticket]
 
@@ -271,8 +272,10 @@ class Leader:
             except Deposed:
                 self._abdicate()
                 return
+            # Not wait_for: until Python 3.12 it may swallow a cancellation.
             with contextlib.suppress(TimeoutError):
-                await asyncio.wait_for(self._news.wait(), PUBLISH_EVERY_S)
+                async with asyncio.timeout(PUBLISH_EVERY_S):
+                    await self._news.wait()
 
     async def _published(self) -> bool:
         """False when storage refuses for another reason than a new leader: training goes on."""

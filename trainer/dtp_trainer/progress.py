@@ -101,16 +101,15 @@ def stalled_since(progress: Progress) -> float | None:
 
 
 def behind(progress: Progress) -> int | None:
-    """The rank that holds the others up; None when all completed the same step."""
+    """The rank that holds the others up; None when none is known to be further."""
     steps = {rank: p.step for rank, p in progress.ranks.items()}
-    if len(set(steps.values())) < 2:
-        return None
-    return min(steps, key=lambda rank: (steps[rank], rank))
+    slowest = min(steps, key=lambda rank: (steps[rank], rank), default=None)
+    return slowest if slowest is not None and steps[slowest] < progress.newest else None
 
 
 def describe_stall(progress: Progress, seconds: float) -> str:
     rank = behind(progress)
-    newest = max((p.step for p in progress.ranks.values()), default=0)
+    newest = progress.newest
     if rank is None:
         where = f"all ranks stopped after step {newest}" if newest else "no rank took a step"
         return f"no step for {seconds:.0f} s: {where}"
