@@ -8,6 +8,7 @@ import signal
 import subprocess
 import sys
 import time
+import zlib
 from collections.abc import Callable, Iterator
 from pathlib import Path
 from typing import Any
@@ -106,9 +107,9 @@ def _kind(process: psutil.Process) -> str:
     return named[0] if named else "client" if "/dtp" in line else "rank"
 
 
-@pytest.fixture
-def dtp(tmp_path: Path) -> Iterator[Dtp]:
-    dtp = Dtp(tmp_path / "home")
+@contextlib.contextmanager
+def _dtp(home: Path) -> Iterator[Dtp]:
+    dtp = Dtp(home)
     yield dtp
     left = dtp.processes()
     for process in left:
@@ -118,10 +119,25 @@ def dtp(tmp_path: Path) -> Iterator[Dtp]:
 
 
 @pytest.fixture
-def job_file(tmp_path: Path) -> Callable[..., Path]:
-    """Write a script and a job file that runs it."""
+def dtp(tmp_path: Path) -> Iterator[Dtp]:
+    """A state folder in which nothing runs yet."""
+    with _dtp(tmp_path / "home") as dtp:
+        yield dtp
 
-    def write(script: str, name: str = "job", **fields: Any) -> Path:
+
+@pytest.fixture(scope="module")
+def warm(tmp_path_factory: pytest.TempPathFactory) -> Iterator[Dtp]:
+    """A state folder that the tests of a file share: its controller and warm process stay."""
+    with _dtp(tmp_path_factory.mktemp("warm") / "home") as dtp:
+        yield dtp
+
+
+@pytest.fixture
+def job_file(tmp_path: Path) -> Callable[..., Path]:
+    """Write a script and a job file that runs it; the job is named after the test's folder."""
+
+    def write(script: str, name: str = "", **fields: Any) -> Path:
+        name = f"{name or 'job'}-{zlib.crc32(str(tmp_path).encode()):08x}"
         folder = tmp_path / name
         folder.mkdir(exist_ok=True)
         (folder / "train.py").write_text(script)

@@ -23,7 +23,7 @@ EPOCHS = 12 + 3 * KILLS
 pytestmark = [pytest.mark.slow, pytest.mark.timeout(1800)]
 
 
-def submit(dtp: Any, job_file: Callable[..., Path], name: str, pace: float) -> Path:
+def submit(dtp: Any, job_file: Callable[..., Path], name: str, pace: float) -> tuple[str, Path]:
     path = job_file(
         SCRIPT,
         name,
@@ -37,7 +37,7 @@ def submit(dtp: Any, job_file: Callable[..., Path], name: str, pace: float) -> P
     env = {"NOTES": str(folder), "EPOCHS": str(EPOCHS), "PACE": str(pace)}
     path.write_text(path.read_text() + f"env: {json.dumps(env)}\n")
     dtp.run("run", "--detach", path)
-    return folder
+    return path.stem, folder
 
 
 def kept(folder: Path) -> dict[int, list[str]]:
@@ -61,26 +61,26 @@ def test_a_killed_part_costs_time_and_nothing_else(
     dtp: Any, job_file: Callable[..., Path], target: str
 ) -> None:
     """Losses of the kept steps are those of an undisturbed job; no process and no event is lost."""
-    calm = submit(dtp, job_file, "calm", 0.0)
-    dtp.run("wait", "calm", timeout=600)
-    rough = submit(dtp, job_file, "rough", 0.015)
+    calm, calm_notes = submit(dtp, job_file, "calm", 0.0)
+    dtp.run("wait", calm, timeout=600)
+    rough, rough_notes = submit(dtp, job_file, "rough", 0.015)
     clock, hits = random.Random(target), 0
-    watcher = dtp.start("wait", "rough")
-    while hits < KILLS and dtp.job("rough")["state"] != "SUCCEEDED":
+    watcher = dtp.start("wait", rough)
+    while hits < KILLS and dtp.job(rough)["state"] != "SUCCEEDED":
         time.sleep(clock.uniform(0.1, 1.5))
         for process in victims(dtp, target):
             with contextlib.suppress(psutil.NoSuchProcess):
                 process.kill()
                 hits += process.pid != watcher.pid or target == "client"
         if watcher.poll() is not None:
-            watcher = dtp.start("wait", "rough")
+            watcher = dtp.start("wait", rough)
         if target == "machine":
             hits += 1
-    dtp.run("wait", "rough", timeout=900)
+    dtp.run("wait", rough, timeout=900)
     watcher.communicate(timeout=60)
     assert hits >= KILLS
-    assert kept(rough) == kept(calm)
-    assert dtp.rows("ckpt", "ls", "rough")[-1]["step"] == EPOCHS * 20
-    events = dtp.rows("events", "rough")
+    assert kept(rough_notes) == kept(calm_notes)
+    assert dtp.rows("ckpt", "ls", rough)[-1]["step"] == EPOCHS * 20
+    events = dtp.rows("events", rough)
     assert len({event["seq"] for event in events}) == len(events)
     dtp.until(lambda: not dtp.kinds()["rank"] and not dtp.kinds()["agent"], "nothing left")

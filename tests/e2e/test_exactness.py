@@ -27,7 +27,7 @@ def notes(folder: Path) -> dict[int, dict[int, tuple[str, tuple[int, ...]]]]:
 
 
 def submit(
-    dtp: Any, job_file: Callable[..., Path], name: str, pace: float, **fields: Any
+    warm: Any, job_file: Callable[..., Path], name: str, pace: float, **fields: Any
 ) -> tuple[str, Path]:
     """Start the job detached; its name and the folder of its notes."""
     path = job_file(SCRIPT, name, nodes="1..3", resources={"cpus": 0.5}, **fields)
@@ -35,42 +35,42 @@ def submit(
     folder.mkdir()
     env = {"NOTES": str(folder), "EPOCHS": str(EPOCHS), "PACE": str(pace)}
     path.write_text(path.read_text() + f"env: {json.dumps(env)}\n")
-    dtp.run("run", "--detach", path)
-    return name, folder
+    warm.run("run", "--detach", path)
+    return path.stem, folder
 
 
-def past(dtp: Any, name: str, step: int) -> Callable[[], bool]:
-    return lambda: (dtp.job(name).get("step") or 0) >= step
+def past(warm: Any, name: str, step: int) -> Callable[[], bool]:
+    return lambda: (warm.job(name).get("step") or 0) >= step
 
 
 def test_three_pauses_leave_the_loss_curve_as_it_was(
-    dtp: Any, job_file: Callable[..., Path]
+    warm: Any, job_file: Callable[..., Path]
 ) -> None:
     """At the same world size every loss is identical to the bit, dropout included."""
-    plain, plain_notes = submit(dtp, job_file, "plain", 0.0)
-    dtp.run("wait", plain)
-    broken, broken_notes = submit(dtp, job_file, "broken", 0.02)
+    plain, plain_notes = submit(warm, job_file, "plain", 0.0)
+    warm.run("wait", plain)
+    broken, broken_notes = submit(warm, job_file, "broken", 0.1)
     for step in (20, 50, 80):
-        dtp.until(past(dtp, broken, step), f"step {step}")
-        dtp.run("pause", broken)
-        dtp.run("wait", broken, "--until", "PAUSED")
-        dtp.run("resume", broken)
-    dtp.run("wait", broken)
+        warm.until(past(warm, broken, step), f"step {step}")
+        warm.run("pause", broken)
+        warm.run("wait", broken, "--until", "PAUSED")
+        warm.run("resume", broken)
+    warm.run("wait", broken)
     assert notes(broken_notes) == notes(plain_notes)
     assert sorted(notes(plain_notes)) == list(range(1, TOTAL + 1))
 
 
 def test_every_sample_comes_once_an_epoch_at_any_number_of_workers(
-    dtp: Any, job_file: Callable[..., Path]
+    warm: Any, job_file: Callable[..., Path]
 ) -> None:
     """3 → 1 → 2 workers go on in the middle of an epoch with the same global batches."""
-    plain, plain_notes = submit(dtp, job_file, "plain", 0.0)
-    dtp.run("wait", plain)
-    scaled, scaled_notes = submit(dtp, job_file, "scaled", 0.02)
+    plain, plain_notes = submit(warm, job_file, "plain", 0.0)
+    warm.run("wait", plain)
+    scaled, scaled_notes = submit(warm, job_file, "scaled", 0.1)
     for step, workers in ((25, 1), (70, 2)):
-        dtp.until(past(dtp, scaled, step), f"step {step}")
-        dtp.run("scale", scaled, workers)
-    dtp.run("wait", scaled)
+        warm.until(past(warm, scaled, step), f"step {step}")
+        warm.run("scale", scaled, workers)
+    warm.run("wait", scaled)
     whole, pieces = notes(plain_notes), notes(scaled_notes)
     for step in range(1, TOTAL + 1):
         assert batch(pieces[step]) == batch(whole[step]), f"step {step}"

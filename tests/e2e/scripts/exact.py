@@ -5,8 +5,9 @@ import time
 from pathlib import Path
 
 import torch
-from dtp_trainer.session import Session
 from torch.utils.data import Dataset
+
+from dtp_trainer.session import Session
 
 
 class Numbers(Dataset[tuple[int, torch.Tensor]]):
