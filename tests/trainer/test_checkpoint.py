@@ -496,6 +496,17 @@ def test_nothing_is_given_up_before_two_are_known_to_be_whole(
     assert folders(store) == {checkpoint_name(1, 1), checkpoint_name(3, 1)}
 
 
+def test_reading_back_is_put_off_once(store: FileStorage, settled: Callable[..., None]) -> None:
+    """Reading back waits for a save that somebody waits for, but not for ever."""
+    settled(store, [(step, 1.0) for step in range(4)], keep=9)
+    committer = commit.Committer(store, generation=1, policy=Retention(keep=2))
+    committer.hurried.set()
+    committer.tidy(4)
+    assert committed(store) == [0, 1, 2, 3]
+    committer.tidy(4)
+    assert committed(store) == [2, 3]
+
+
 def test_litter_of_older_generations_is_swept(store: FileStorage) -> None:
     """Folders that never became checkpoints go with the next generation's first commit."""
     store.write(f"checkpoints/{checkpoint_name(7, 1)}/rank-00000-of-00001.safetensors", b"half")

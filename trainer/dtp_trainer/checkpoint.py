@@ -166,7 +166,10 @@ class Checkpointer:
         began = time.perf_counter()
         tensors, shared, own = self._flatten(state)
         data = _plain(data_state)
+        if blocking:
+            self._committer.hurried.set()
         self._join()
+        self._committer.hurried.clear()
         self._saves += 1
         name = checkpoint_name(step, self._generation)
         if self._committed is None or self._committed.name != name:

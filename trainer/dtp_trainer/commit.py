@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import json
 import logging
+import threading
 import time
 from collections.abc import Iterable
 from dataclasses import dataclass
@@ -36,11 +37,20 @@ class Gathering:
     world_size: int
 
 
+class _Hurried(Exception):
+    """What can wait has to."""
+
+
 class Committer:
-    """Commits of one generation. Not thread-safe: one thread at a time."""
+    """Commits of one generation. Not thread-safe, `hurried` apart: one thread at a time."""
+
+    hurried: threading.Event
+    """Set while somebody waits for the next save: `tidy` leaves reading back to the one after."""
 
     def __init__(self, storage: Storage, *, generation: int, policy: Retention) -> None:
         self._storage, self._generation, self._policy = storage, generation, policy
+        self.hurried = threading.Event()
+        self._owed = False
         self._litter = True
 
     def gather(self, wanted: Gathering) -> list[Share]:
@@ -114,7 +124,12 @@ class Committer:
             unsure = heads.to_verify(head, self._policy)
             if unsure is None:
                 break
-            head = _verified(self._storage, unsure.name)
+            try:
+                head = self._verified(unsure.name)
+            except _Hurried:
+                self._owed = True
+                return
+        self._owed = False
         gone = [entry.name for entry in heads.surplus(head, self._policy)]
         if gone:
             left = heads.drop(self._storage, gone, generation=self._generation)
@@ -134,12 +149,16 @@ class Committer:
         for name in sorted(set(names) - listed):
             self._storage.delete(f"{heads.FOLDER}/{name}")
 
+    def _verified(self, name: str) -> CheckpointHead:
+        """Read a checkpoint back and note the outcome in the head."""
+        try:
+            manifest.verify(self._storage, name, between=self._check_hurry)
+        except DamagedCheckpoint as damage:
+            _log.warning("checkpoint %s is damaged: %s", name, damage)
+            return heads.set_verified(self._storage, name, verified=False)
+        return heads.set_verified(self._storage, name, verified=True)
 
-def _verified(storage: Storage, name: str) -> CheckpointHead:
-    """Read a checkpoint back and note the outcome in the head."""
-    try:
-        manifest.verify(storage, name)
-    except DamagedCheckpoint as damage:
-        _log.warning("checkpoint %s is damaged: %s", name, damage)
-        return heads.set_verified(storage, name, verified=False)
-    return heads.set_verified(storage, name, verified=True)
+    def _check_hurry(self) -> None:
+        # Never twice in a row: where every save is waited for, old ones must go all the same.
+        if self.hurried.is_set() and not self._owed:
+            raise _Hurried

@@ -7,7 +7,7 @@ from __future__ import annotations
 
 import hashlib
 import json
-from collections.abc import Mapping
+from collections.abc import Callable, Mapping
 from dataclasses import dataclass
 from typing import IO, Any
 
@@ -164,25 +164,30 @@ def check_share(name: str, share: Share, size: int, sha256: str) -> None:
         raise DamagedCheckpoint(_difference(name, share.file, share.sha256, sha256))
 
 
-def verify(storage: Storage, name: str) -> Manifest:
-    """Read a checkpoint back and compare every hash. Raises `DamagedCheckpoint`."""
+def verify(storage: Storage, name: str, *, between: Callable[[], None] | None = None) -> Manifest:
+    """Read a checkpoint back and compare every hash. Raises `DamagedCheckpoint`.
+
+    `between` is called every few megabytes; what it raises ends the reading.
+    """
     manifest = read_manifest(storage, name)
     for share in manifest.shares:
         try:
             with storage.open(key_of(name, share.file)) as file:
-                size, sha256 = hash_of(file)
+                size, sha256 = hash_of(file, between=between)
         except (NotFound, Unreadable) as error:
             raise DamagedCheckpoint(f"{name}/{share.file} cannot be read: {error}") from None
         check_share(name, share, size, sha256)
     return manifest
 
 
-def hash_of(file: IO[bytes]) -> tuple[int, str]:
+def hash_of(file: IO[bytes], *, between: Callable[[], None] | None = None) -> tuple[int, str]:
     """Bytes and sha256 of whatever is left in `file`."""
     digest, size = hashlib.sha256(), 0
     while chunk := file.read(_CHUNK_BYTES):
         digest.update(chunk)
         size += len(chunk)
+        if between:
+            between()
     return size, digest.hexdigest()
 
 
