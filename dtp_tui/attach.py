@@ -62,8 +62,9 @@ async def _finish(engine: Engine, job_id: str, seen: _Seen) -> None:
         _each(engine.watch(job_id), seen.face.show),
         _each(engine.logs(job_id, follow=True), seen.face.show),
     )
-    for event in await engine.events(after=seen.last_event, job_id=job_id):
-        seen.event(event)
+    while events := await engine.events(after=seen.last_event, job_id=job_id):
+        for event in events:
+            seen.event(event)
 
 
 class _Seen:

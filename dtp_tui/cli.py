@@ -58,31 +58,28 @@ def _guarded(words: list[str]) -> int:
 
     output.prepare_streams()
     try:
-        program(_wanted(words))(prog_name="dtp")
-        _flush()
+        code = _run(words)
+        output.flush()
     except DtpError as error:
         output.fail(str(error), error.exit_code)
     except output.ReaderGone:
         output.leave_quietly()
     except KeyboardInterrupt:
         return output.Exit.DETACHED
-    except SystemExit as leaving:
-        _flush()
-        return leaving.code if isinstance(leaving.code, int) else 0
     except Exception as error:  # noqa: BLE001 - no traceback may reach a user
         from dtp_tui.crash import report  # noqa: PLC0415
 
         output.fail(report(error, words), output.Exit.INFRASTRUCTURE)
-    return 0
+    return code
 
 
-def _flush() -> None:
-    from dtp_tui import output  # noqa: PLC0415
-
+def _run(words: list[str]) -> int:
+    """The exit code; typer says it by leaving."""
     try:
-        sys.stdout.flush()
-    except BrokenPipeError:
-        output.leave_quietly()
+        program(_wanted(words))(prog_name="dtp")
+    except SystemExit as leaving:
+        return leaving.code if isinstance(leaving.code, int) else 0
+    return 0
 
 
 def _wanted(words: list[str]) -> Iterable[str]:

@@ -131,6 +131,8 @@ def why(job: Job) -> str:
 
     The detail says more than the reason's own words, which stand in when there is none.
     """
+    if job.state is JobState.SUCCEEDED and job.reason is None:
+        return ""
     if job.detail:
         return job.detail
     return "" if job.reason in (None, Reason.USER) else REASONS[job.reason]

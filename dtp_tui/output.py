@@ -19,6 +19,7 @@ from datetime import datetime
 from enum import IntEnum
 from typing import Any, NoReturn, TextIO
 
+from dtp_engine.errors import InfrastructureError
 from dtp_engine.jobs import Job, JobState, Reason
 from dtp_tui.labels import Label, Tone
 
@@ -157,18 +158,37 @@ def _write(stream: TextIO, text: str) -> None:
             stream.flush()
     except BrokenPipeError as error:
         raise ReaderGone from error
+    except OSError as error:
+        _drop_stdout()
+        raise InfrastructureError(f"the output cannot be written: {error.strerror}") from error
 
 
 class ReaderGone(Exception):
     """Nobody reads the output any more (``dtp ps | head -1``)."""
 
 
+def flush() -> None:
+    """Raises `ReaderGone`, `InfrastructureError` (a full disk)."""
+    try:
+        sys.stdout.flush()
+    except BrokenPipeError as error:
+        raise ReaderGone from error
+    except OSError as error:
+        _drop_stdout()
+        raise InfrastructureError(f"the output cannot be written: {error.strerror}") from error
+
+
 def leave_quietly() -> NoReturn:
     """After `ReaderGone`; Python must not flush to the closed pipe on its way out."""
+    _drop_stdout()
+    sys.exit(Exit.BROKEN_PIPE)
+
+
+def _drop_stdout() -> None:
+    """What is still in its buffer must not be tried again."""
     with suppress(OSError, ValueError):
         nowhere = os.open(os.devnull, os.O_WRONLY)
         os.dup2(nowhere, sys.stdout.fileno())
-    sys.exit(Exit.BROKEN_PIPE)
 
 
 def prepare_streams() -> None:
@@ -219,6 +239,7 @@ def shown_line(text: str) -> str:
         text = f"{text[:LONGEST_LINE]}… ({len(text):,} characters)"
     if text.isprintable():
         return text
+    text = text.rstrip("\r").rpartition("\r")[2]  # progress bars: what a terminal would end with
     text = _ESCAPES.sub("", text.expandtabs())
     kept = "".join(c if c.isprintable() or c == "\x1b" else "�" for c in text)
     return f"{kept}\x1b[0m" if "\x1b" in kept else kept

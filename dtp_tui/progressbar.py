@@ -4,6 +4,7 @@ from __future__ import annotations
 
 from rich.console import Console
 from rich.progress import BarColumn, Progress, TaskProgressColumn, TextColumn
+from rich.table import Column
 from rich.text import Text
 
 from dtp_engine.backend import LogLine
@@ -15,6 +16,9 @@ from dtp_tui.faces import event_line
 from dtp_tui.output import Output
 from dtp_tui.training import Progress as Training
 from dtp_tui.training import job_window
+
+WIDE = 100
+"""Columns of a terminal that has room for a second reported value."""
 
 STYLES = {
     labels.Tone.GOOD: "green",
@@ -34,12 +38,13 @@ class ProgressFace:
         self._out = out
         self._waiting: list[str] = []
         self._console = Console(highlight=False, soft_wrap=True)
+        self._most_values = 2 if self._console.width >= WIDE else 1
         self._bar = Progress(
             TextColumn("{task.description}"),
             BarColumn(bar_width=None),
             TaskProgressColumn("{task.percentage:>3.0f}%"),
             TextColumn("{task.fields[step]}"),
-            TextColumn("{task.fields[words]}"),
+            TextColumn("{task.fields[words]}", table_column=Column(no_wrap=True)),
             console=self._console,
             transient=True,
             refresh_per_second=8,
@@ -86,5 +91,5 @@ class ProgressFace:
             total=window.total_steps,
             completed=window.step,
             step=labels.step(window.step, window.total_steps),
-            words="  ".join(self.progress.words()),
+            words="  ".join(self.progress.words(most_values=self._most_values)),
         )

@@ -37,12 +37,13 @@ class Progress:
             return None
         return max(self.window.total_steps - self.window.step, 0) / self._steps_per_s
 
-    def words(self) -> list[str]:
+    def words(self, *, most_values: int = 2) -> list[str]:
         """``loss 0.123``, ``1.2k/s``, ``ETA 12s``: what is known of them."""
         if self.window is None:
             return []
         names = [name for name in SHOWN_FIRST if name in self.values] or list(self.values)[:1]
-        said = [f"{name} {labels.value(self.values[name], name)}" for name in names]
+        shown = names[:most_values]
+        said = [f"{name} {labels.value(self.values[name], name)}" for name in shown]
         tokens, samples = self.window.tokens_per_s, self.window.samples_per_s
         if tokens is not None:
             said.append(f"{labels.count(tokens)} tok/s")

@@ -91,11 +91,20 @@ def print_checkpoints(out: Output, entries: Sequence[CheckpointEntry]) -> None:
             labels.age(entry.at, now),
             str(entry.attempt),
             _checked(entry),
-            "  ".join(f"{k} {labels.value(v, k)}" for k, v in entry.values.items()),
+            _values(entry),
         )
         for entry in entries
     ]
     out.table(columns, rows)
+
+
+def _values(entry: CheckpointEntry) -> str:
+    """The most telling ones; --json has all."""
+    from dtp_tui import labels
+    from dtp_tui.training import SHOWN_FIRST
+
+    names = [name for name in SHOWN_FIRST if name in entry.values] or list(entry.values)[:2]
+    return "  ".join(f"{name} {labels.value(entry.values[name], name)}" for name in names)
 
 
 def _checked(entry: CheckpointEntry) -> Cell:

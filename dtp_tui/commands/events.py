@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from collections.abc import AsyncIterator
 from typing import TYPE_CHECKING
 
 from dtp_tui.commands.options import FollowOption, JsonOption, OptionalJobArgument
@@ -29,15 +30,23 @@ def command(
         out = Output(json_lines=json_lines, live=follow)
         job_id = (await engine.find(job)).id if job else None
         after = 0
-        while events := await engine.events(after=after, job_id=job_id):
-            for event in events:
-                print_event(out, event, of_all=job_id is None)
-            after = events[-1].seq
+        async for event in all_events(engine, job_id):
+            print_event(out, event, of_all=job_id is None)
+            after = event.seq
         if follow:
             async for event in engine.follow_events(after=after, job_id=job_id):
                 print_event(out, event, of_all=job_id is None)
 
     with_engine(show)
+
+
+async def all_events(engine: Engine, job_id: str | None) -> AsyncIterator[Event]:
+    """Oldest first; the engine gives them in portions."""
+    after = 0
+    while events := await engine.events(after=after, job_id=job_id):
+        for event in events:
+            yield event
+        after = events[-1].seq
 
 
 def print_event(out: Output, event: Event, *, of_all: bool) -> None:

@@ -23,6 +23,7 @@ def command(job: JobArgument, *, json_lines: JsonOption = False) -> None:
     Its state and why, workers, attempts, checkpoints, last events, job file.
     """
     from dtp_tui.client import with_engine
+    from dtp_tui.commands.events import all_events
     from dtp_tui.output import Output
 
     async def show(engine: Engine) -> None:
@@ -30,7 +31,7 @@ def command(job: JobArgument, *, json_lines: JsonOption = False) -> None:
         view = await engine.job(found.id)
         attempts = await engine.attempts(found.id)
         saved = await engine.checkpoints(found.id)
-        events = await engine.events(job_id=found.id)
+        events = [event async for event in all_events(engine, found.id)]
         out = Output(json_lines=json_lines)
         if json_lines:
             out.emit(_record(view, attempts, saved))

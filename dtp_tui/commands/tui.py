@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import sys
 from typing import Annotated
 
 import typer
@@ -20,9 +19,12 @@ def command(
             show_default=False,
         ),
     ] = None,
+    *,
+    demo: Annotated[
+        bool, typer.Option("--demo", help="Watch a simulated cluster; nothing is started.")
+    ] = False,
 ) -> None:
     """Open the dashboard; the same as `dtp-tui`."""
     from dtp_tui.app import main
 
-    sys.argv = ["dtp-tui", *([job] if job else [])]
-    main()
+    main([*(["--demo"] if demo else []), *([job] if job else [])])

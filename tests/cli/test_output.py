@@ -141,3 +141,8 @@ def test_a_very_long_line_is_cut_for_people() -> None:
     """A megabyte in one line does not fill the screen."""
     assert len(shown_line("x" * 1_000_000)) < LONGEST_LINE + 40
     assert shown_line("x" * 1_000_000).endswith("… (1,000,000 characters)")
+
+
+def test_a_progress_bar_of_a_script_shows_its_last_state() -> None:
+    """Of a line that was overwritten again and again, the end is shown."""
+    assert shown_line("10%\r20%\r30%\r") == "30%"

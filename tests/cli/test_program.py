@@ -168,9 +168,17 @@ def test_an_error_nobody_foresaw_keeps_its_traceback_in_a_file(cli: Any) -> None
 
 def test_a_reader_that_leaves(cli: Any) -> None:
     """`dtp … | head -1` ends quietly."""
-    program = f"{Path(sys.executable).parent / 'dtp'} spec schema | head -1"
+    program = f"{Path(sys.executable).parent / 'dtp'} spec schema | true; exit ${{PIPESTATUS[0]}}"
     done = bare(["bash", "-c", program], cli.env)
-    assert (done.stdout, done.stderr) == ("{\n", "")
+    assert (done.returncode, done.stderr) == (141, "")
+
+
+def test_a_full_disk_below_the_output(cli: Any) -> None:
+    """Output that cannot be written is one line and exit code 7, not silence."""
+    program = f"{Path(sys.executable).parent / 'dtp'} spec schema > /dev/full"
+    done = bare(["bash", "-c", program], cli.env)
+    assert done.returncode == 7
+    assert done.stderr == "dtp: the output cannot be written: No space left on device\n"
 
 
 # ------------------------------------------------------------------------------ this machine
