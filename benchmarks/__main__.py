@@ -5,7 +5,7 @@ from __future__ import annotations
 import importlib
 import sys
 
-NAMES = ("commands", "launch", "recovery", "overhead")
+NAMES = ("commands", "launch", "recovery", "overhead", "checkpoint")
 
 
 def main() -> None:
