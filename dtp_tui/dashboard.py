@@ -19,7 +19,7 @@ from dtp_engine.engine import Engine
 from dtp_engine.errors import DtpError
 from dtp_tui import asking, consequences, crash
 from dtp_tui.commandline import BadCommand, Order, parse, verb_of
-from dtp_tui.feed import Feed, wall_clock
+from dtp_tui.feed import TICK_S, Feed, wall_clock
 from dtp_tui.labels import Tone
 from dtp_tui.messages import (
     ClusterPicture,
@@ -58,6 +58,8 @@ class Source:
     backend: str
     open: Callable[[], Awaitable[Engine]]
     now: Callable[[], datetime] = wall_clock
+    tick_s: float = TICK_S
+    """How often the engine is asked."""
 
 
 class DtpApp(App[None]):
@@ -182,7 +184,8 @@ class DtpApp(App[None]):
         except DtpError as error:
             self.exit(return_code=error.exit_code, message=f"dtp-tui: {error}")
             return
-        self._feed = Feed(self._engine, self.post_message, now=self._source.now)
+        source = self._source
+        self._feed = Feed(self._engine, self.post_message, now=source.now, tick_s=source.tick_s)
         self._feeding = asyncio.create_task(self._feed.run(), name="feed")
         if self._job is not None:
             await self._open_by_name(self._engine, self._job, "overview")

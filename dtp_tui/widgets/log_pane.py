@@ -98,7 +98,7 @@ class LogPane(ScrollView, Toned, can_focus=True):
             self._to_end()
             self.refresh()
         elif gone:
-            self.scroll_to(y=max(0, self.scroll_offset.y - gone), animate=False)
+            self.scroll_to(y=max(0, self.scroll_offset.y - gone), animate=False, force=True)
         if not self.follow:
             self.unseen += came
         self.post_message(self.Changed(self))
@@ -136,7 +136,7 @@ class LogPane(ScrollView, Toned, can_focus=True):
             self._to_end()
 
     def action_sideways(self, cells: int) -> None:
-        self.scroll_to(x=self.scroll_offset.x + cells, animate=False)
+        self.scroll_to(x=self.scroll_offset.x + cells, animate=False, force=True)
 
     def action_follow_end(self) -> None:
         self.follow = True
@@ -202,7 +202,7 @@ class LogPane(ScrollView, Toned, can_focus=True):
         if self.follow:
             self._to_end()
         else:
-            self.scroll_to(y=row, animate=False)
+            self.scroll_to(y=row, animate=False, force=True)
         self.refresh()
         self.post_message(self.Changed(self))
 
@@ -211,7 +211,7 @@ class LogPane(ScrollView, Toned, can_focus=True):
         self.virtual_size = Size(self._widest + prefix, self.buffer.shown)
 
     def _to_end(self) -> None:
-        self.scroll_to(y=self.max_scroll_y, animate=False)
+        self.scroll_to(y=self.max_scroll_y, animate=False, force=True)
 
 
 class LogView(Vertical):

@@ -8,9 +8,10 @@ from textual.app import ComposeResult
 from textual.binding import Binding, BindingType
 from textual.containers import Grid, Vertical
 
+from dtp_engine.jobs import Job, Reason
 from dtp_engine.series import MetricHistory
 from dtp_tui import labels
-from dtp_tui.labels import Tone
+from dtp_tui.labels import STATES, Tone
 from dtp_tui.messages import JobPicture
 from dtp_tui.widgets.chart import Chart
 from dtp_tui.widgets.events_feed import event_tone
@@ -90,9 +91,8 @@ class Overview(Vertical, can_focus=True):
 def stats(picture: JobPicture, shown: Past) -> tuple[Line, Line, Line]:
     """State and progress; the gang; the newest values."""
     job, gang = picture.view.job, picture.view.gang
-    why = labels.why(job)
     state = label_span(labels.headline(job, gang))
-    first = joined([(Span(state.text, state.tone, strong=True),), _progress(picture), _why(why)])
+    first = joined([(Span(state.text, state.tone, strong=True),), _progress(picture), _why(job)])
     second = joined(_gang_groups(picture))
     chart_range = (Span(f"charts: {shown} ", Tone.QUIET),)
     return (
@@ -102,8 +102,10 @@ def stats(picture: JobPicture, shown: Past) -> tuple[Line, Line, Line]:
     )
 
 
-def _why(why: str) -> tuple[Span, ...]:
-    return (Span(why, Tone.WARN),) if why else ()
+def _why(job: Job) -> tuple[Span, ...]:
+    why = labels.why(job)
+    tone = Tone.QUIET if job.reason is Reason.USER else STATES[job.state].tone
+    return (Span(why, tone),) if why else ()
 
 
 def _progress(picture: JobPicture) -> tuple[Span, ...]:

@@ -3,12 +3,16 @@
 from __future__ import annotations
 
 import asyncio
-from collections.abc import AsyncIterator, Callable, Sequence
+import time
+from collections.abc import AsyncIterator, Awaitable, Callable, Sequence
 from dataclasses import replace
 from datetime import UTC, datetime, timedelta
 from pathlib import Path
+from types import SimpleNamespace
 
 import pytest
+from textual.app import App
+from textual.pilot import Pilot
 
 from dtp_engine.backend import Capacity, LogLine, Machine
 from dtp_engine.driver import Driver
@@ -184,6 +188,19 @@ def window(at: float, step: int, **values: float) -> wire.Window:
 
 
 @pytest.fixture
+def given() -> SimpleNamespace:
+    """What a test makes its jobs of."""
+    return SimpleNamespace(
+        now=NOW,
+        engine=FakeEngine,
+        job_view=job_view,
+        gang_of=gang_of,
+        checkpoint=checkpoint,
+        window=window,
+    )
+
+
+@pytest.fixture
 def engine() -> FakeEngine:
     """One job that runs, one that is paused, one that failed."""
     return FakeEngine(
@@ -191,6 +208,31 @@ def engine() -> FakeEngine:
         job_view("kjv-language", JobState.PAUSED),
         job_view("broken", JobState.FAILED, step=None, saved_at_step=None),
     )
+
+
+async def _until(pilot: Pilot[None], holds: Callable[[], bool], within_s: float = 20.0) -> None:
+    """Let the app run until something holds; fail with what is on the screen otherwise."""
+    deadline = time.monotonic() + within_s
+    while not holds():
+        if time.monotonic() > deadline:
+            pytest.fail("this never came to be:\n" + screen_text(pilot.app))
+        await pilot.pause(0.02)
+
+
+def screen_text(app: App[None]) -> str:
+    """What a reader sees, line by line."""
+    strips = app.screen._compositor.render_strips()
+    return "\n".join("".join(segment.text for segment in strip) for strip in strips)
+
+
+@pytest.fixture
+def until() -> Callable[..., Awaitable[None]]:
+    return _until
+
+
+@pytest.fixture
+def seen() -> Callable[[App[None]], str]:
+    return screen_text
 
 
 @pytest.fixture
@@ -201,6 +243,6 @@ def app_of() -> Callable[..., DtpApp]:
         async def opened() -> FakeEngine:
             return engine
 
-        return DtpApp(Source("local", opened, lambda: NOW), job=job)
+        return DtpApp(Source("local", opened, lambda: NOW, tick_s=0.05), job=job)
 
     return make
