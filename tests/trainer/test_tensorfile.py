@@ -148,3 +148,16 @@ def test_shares_are_complete_and_even(sizes: list[int], world: int) -> None:
     loads = [sum(tensors[name].nbytes for name in names) for names in dealt]
     assert max(loads) <= sum(sizes) / world + max(sizes, default=0)
     assert dealt == tensorfile.shares(dict(reversed(tensors.items())), world)
+
+
+@pytest.mark.gpu
+@pytest.mark.skipif(not torch.cuda.is_available(), reason="needs a CUDA device")
+def test_tensors_of_a_gpu_are_taken_whole() -> None:
+    """Copies from a device are finished when `take` returns, into memory pinned once."""
+    weight, staging, file = torch.arange(1 << 22, device="cuda"), Staging(), io.BytesIO()
+    staging.take({"w": weight, "cpu": torch.ones(3)})
+    weight.zero_()
+    size, _ = tensorfile.write(file, staging.spans, staging.data)
+    found, _ = tensorfile.read(io.BytesIO(file.getvalue()), size)
+    assert torch.equal(found["w"], torch.arange(1 << 22))
+    assert staging._buffer.is_pinned()
