@@ -57,10 +57,15 @@ class VirtualClock:
         """Move time forward, stopping at each sleeper on the way so that what it does happens at
         its own time."""
         until = self._now + timedelta(seconds=seconds)
+        await self._let_run()
         while self._sleepers and self._sleepers[0][0] <= until:
             self._now, _, woken = heapq.heappop(self._sleepers)
             if not woken.done():
                 woken.set_result(None)
-            for _ in range(8):  # let the sleeper, and what it wakes, run up to their next wait
-                await asyncio.sleep(0)
+            await self._let_run()
         self._now = until
+
+    async def _let_run(self) -> None:
+        """Let what is awake, and what it wakes, run up to its next wait."""
+        for _ in range(8):
+            await asyncio.sleep(0)
