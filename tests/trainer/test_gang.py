@@ -459,7 +459,7 @@ def test_unasked_pause_counts_as_failure() -> None:
         table.feed(Said(0, RankExited(table.state.generation, 0, 75)))
         table.feed(Said(0, RanksGone(table.state.generation)))
         ends = table.exits(1, 75)
-    assert [o.code for o in ends if isinstance(o, End)] == [75]
+    assert [o.code for o in ends if isinstance(o, End)] == [1]
 
 
 # ------------------------------------------------------------------------------- random histories

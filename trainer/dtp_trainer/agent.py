@@ -17,9 +17,10 @@ import signal
 import sys
 import time
 import traceback
-from collections.abc import Callable
+from collections.abc import Callable, Mapping
 from dataclasses import dataclass
 from pathlib import Path
+from typing import Any
 
 from dtp_trainer import claims, election, links, steady
 from dtp_trainer.crew import warm_spec
@@ -65,6 +66,7 @@ class Agent:
         """The newest tag of ``gang.json`` and when it was first seen."""
         self._storage_trouble = ""
         self._given_up = "left as asked, before it took part"
+        self._farewell_s = FAREWELL_S
 
     async def run(self) -> Ending:
         """Work until dismissed, or until the grace after SIGTERM is over."""
@@ -101,6 +103,7 @@ class Agent:
 
     def _give_up(self) -> None:
         self._given_up = "left as asked; its leader did not let it go in time"
+        self._farewell_s = 0.0
         if self._working is not None:
             self._working.cancel()
 
@@ -108,7 +111,7 @@ class Agent:
         """Others may still be reading their dismissal."""
         if self._leading is None:
             return
-        await asyncio.wait([self._leading], timeout=FAREWELL_S)
+        await asyncio.wait([self._leading], timeout=self._farewell_s)
         self._leading.cancel()
         await asyncio.wait([self._leading])
 
@@ -176,9 +179,11 @@ class Agent:
             log.warning("%s", error)
             stale = steady.now() - self._seen[1] > STALE_S
             return None, stale and await self._campaign(sight)
+        began_at = steady.now()
         dismissed = await self._member.serve(link)
         if dismissed is None:
-            return None, True
+            # A leader that is lost again and again must not be asked without a pause.
+            return None, steady.now() - began_at > RETRY_S
         return Ending(dismissed.code, dismissed.reason), True
 
     async def _campaign(self, sight: election.Sight) -> bool:
@@ -259,12 +264,18 @@ def _work(launch: Launch, lines: Lines) -> Ending:
     """A mistake of ours ends the worker with one line; the rest is in a file."""
     loop = asyncio.new_event_loop()
     asyncio.set_event_loop(loop)
+    loop.set_exception_handler(lambda _, context: log.error("%s", _one_line(context)))
     try:
         return loop.run_until_complete(_live(launch, lines))
     except Exception as error:  # noqa: BLE001 - the last one who can say why the worker ended
         with contextlib.suppress(OSError):
             (Path(launch.scratch) / "agent-error.txt").write_text(traceback.format_exc())
         return Ending(ExitCode.FAILED, f"the agent failed: {type(error).__name__}: {error}")
+
+
+def _one_line(context: Mapping[str, Any]) -> str:
+    error = context.get("exception")
+    return f"{context['message']}: {error!r}" if error else str(context["message"])
 
 
 def _read_launch(path: Path) -> Launch:

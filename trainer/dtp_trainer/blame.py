@@ -17,6 +17,7 @@ _PEER_ERRORS = re.compile(
 _RANK_PREFIX = re.compile(r"^\[rank\d+\]:\s*")  # torch's own, on each line of a traceback
 _ERROR_NAME = re.compile(r"^[A-Za-z_][\w.]*(Error|Exception|Interrupt|Exit)\b")
 _LONGEST = 300
+_MEANINGFUL = frozenset(ExitCode)
 
 
 def shell_code(code: int) -> int:
@@ -47,9 +48,10 @@ def culprit(exits: Iterable[RankExited]) -> RankExited | None:
 
 
 def outcome(exited: RankExited) -> int:
-    """The exit code that stands for a failed rank, as a shell shows it; never 0."""
-    code = 1 if exited.killed else exited.code
-    return shell_code(code) or 1
+    """The exit code that stands for a failed rank, as a shell shows it; none that means something
+    else of a gang."""
+    code = ExitCode.FAILED if exited.killed else shell_code(exited.code)
+    return ExitCode.FAILED if code in _MEANINGFUL else code
 
 
 def lost_a_peer(exited: RankExited) -> bool:

@@ -53,6 +53,7 @@ class Crew:
         self._launch, self._launcher, self._lines = launch, launcher, lines
         self._exited, self._stepped = exited, stepped
         self._ranks: dict[int, RankProcess] = {}
+        self._starts: set[asyncio.Future[RankProcess]] = set()
         self._killed = self._drained = False
         self._folder = Folder(launch.worker)
         scratch = Path(launch.scratch)
@@ -83,6 +84,7 @@ class Crew:
         return {str(rank): self._folder.last.get(rank, 0) for rank in alive}
 
     async def run(self) -> None:
+        """Raises `OSError` when the scratch folder cannot be written; no rank is left then."""
         self._steps_folder.mkdir(parents=True, exist_ok=True)
         self._records.mkdir(exist_ok=True)
         folding = asyncio.create_task(self._fold_always())
@@ -90,36 +92,39 @@ class Crew:
             await asyncio.gather(*(self._run_rank(rank) for rank in self.numbers))
         finally:
             folding.cancel()
-            await asyncio.wait([folding])
+            self.kill()
+            for process in self._ranks.values():
+                await process.wait()
         self._fold()
         self._remove_traces()
 
     def drain(self) -> None:
         """SIGTERM: checkpoint at the next step boundary and leave."""
         self._drained = True
+        self._cancel_starts()
         for rank in self._ranks.values():
             if rank.exit is None:
                 _ask_to_leave(rank.pid)
 
     def kill(self) -> None:
         self._killed = True
+        self._cancel_starts()
         for rank in self._ranks.values():
             rank.kill()
+
+    def failed(self, why: str) -> RankExited:
+        """What stands for the ranks of a crew that could not be run."""
+        return self._exit(self.order.first_rank, 1, error=why)
 
     # ------------------------------------------------------------------------------------ one rank
 
     async def _run_rank(self, rank: int) -> None:
-        tail: deque[str] = deque(maxlen=TAIL_LINES)
-        if rank:
-            await asyncio.sleep(HEAD_START_S)
-        try:
-            process = await self._launcher.start(self._spec(rank))
-        except (RankError, OSError) as error:
-            self._exited(self._exit(rank, 127, error=str(error), unstartable=True))
+        process = await self._start(rank)
+        if process is None:
             return
         self._ranks[rank] = process
         self._record(process)
-        self._catch_up(process)
+        tail: deque[str] = deque(maxlen=TAIL_LINES)
         output = [
             asyncio.create_task(pump(process.stdout, self._lines, f"rank{rank}", "out")),
             asyncio.create_task(pump(process.stderr, self._lines, f"rank{rank}", "err", tail)),
@@ -132,12 +137,29 @@ class Crew:
             task.cancel()
         await asyncio.wait(output)
 
-    def _catch_up(self, process: RankProcess) -> None:
-        """Orders that came while the rank was being started."""
-        if self._killed:
-            process.kill()
-        elif self._drained:
-            _ask_to_leave(process.pid)
+    async def _start(self, rank: int) -> RankProcess | None:
+        """None when it could not be started, or is not wanted any more; that is told."""
+        if rank:
+            await asyncio.sleep(HEAD_START_S)
+        starting = asyncio.ensure_future(self._launcher.start(self._spec(rank)))
+        self._starts.add(starting)
+        if self._killed or self._drained:
+            starting.cancel()
+        await asyncio.wait([starting])
+        self._starts.discard(starting)
+        if starting.cancelled():
+            self._exited(self._exit(rank, -signal.SIGKILL, error="", killed=True))
+            return None
+        try:
+            return starting.result()
+        except RankError as error:
+            self._exited(self._exit(rank, 127, error=str(error), unstartable=True))
+            return None
+
+    def _cancel_starts(self) -> None:
+        """The first start of all may have to wait for long imports."""
+        for starting in self._starts:
+            starting.cancel()
 
     def _spec(self, rank: int) -> RankSpec:
         error_file = self._error_file(rank)

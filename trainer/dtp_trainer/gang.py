@@ -30,6 +30,7 @@ from dtp_trainer.gang_state import (
     State,
 )
 from dtp_trainer.messages import RankExited
+from dtp_trainer.roster import Seat
 from dtp_trainer.wire import ExitCode
 
 SETTLE_S = 0.25
@@ -167,18 +168,22 @@ def _ready_at(state: State) -> float | None:
 
 
 def _prepare(state: State) -> Change:
-    seats = roster.seating(roster.staying(state.peers), at_most=state.rules.max_workers)
+    seats = _seating(state)
     state = replace(
         state, phase=Phase.PREPARING, seats=seats, ticket=state.ticket + 1, prepared=None
     )
     return state, (Prepare(state.ticket, seats[0].worker, state.generation + 1),)
 
 
+def _seating(state: State) -> tuple[Seat, ...]:
+    return roster.seating(roster.staying(state.peers), at_most=state.rules.max_workers)
+
+
 def _nobody_came(state: State) -> str:
     here, needed = len(roster.staying(state.peers)), state.rules.min_workers
     within = f"within {state.rules.start_within_s:.0f} s"
     if here >= needed:
-        return f"no generation could be formed {within}"
+        return f"no generation could be formed {within}: {state.trouble or 'no answer'}"
     return f"{here} of at least {_count(needed, 'worker')} came {within}"
 
 
@@ -186,8 +191,7 @@ def _nobody_came(state: State) -> str:
 
 
 def _preparing(state: State, now: float) -> Change | None:
-    peers = state.peers
-    if not all(s.worker in peers and peers[s.worker].staying for s in state.seats):
+    if _seating(state) != state.seats:  # Somebody came or went: what is prepared is void.
         return replace(state, phase=Phase.GATHERING), ()
     if state.prepared is None:
         return None
@@ -205,6 +209,7 @@ def _open_generation(state: State, prepared: Prepared, now: float) -> Change:
         formed=True,
         expected=frozenset(),
         settle=False,
+        trouble="",
         busy=frozenset(seat.worker for seat in seats),
         exits=(),
         lost=(),

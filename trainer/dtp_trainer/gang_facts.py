@@ -33,8 +33,9 @@ def absorb(state: State, given: Input, now: float) -> State:
         case Prepared(ticket) if _current(state, ticket):
             return replace(state, prepared=given)
         case Unprepared(ticket, why) if _current(state, ticket):
-            state = told(state, now, "not_formed", f"no generation could be formed: {why}")
-            return replace(state, phase=Phase.GATHERING, not_before=now + RETRY_S)
+            if why != state.trouble:
+                state = told(state, now, "not_formed", f"no generation could be formed: {why}")
+            return replace(state, phase=Phase.GATHERING, not_before=now + RETRY_S, trouble=why)
         case Committed(entry):
             return replace(state, chronicle=state.chronicle.committed(entry))
         case Prepared() | Unprepared() | Tick():

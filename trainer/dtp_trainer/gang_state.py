@@ -217,6 +217,8 @@ class State:
     prepared: Prepared | None = None
     not_before: float = 0.0
     """When a failed preparation may be tried again."""
+    trouble: str = ""
+    """Why the newest preparation failed."""
     settle: bool = False
     """A worker left just now; see `gang.SETTLE_S`."""
 

@@ -60,9 +60,9 @@ class HostSampler:
         self._stop.set()
 
     def _sample_always(self) -> None:
-        self._family.use(self._roots())
         while not self._stop.wait(SAMPLE_S):
-            self._deliver(self._sample())
+            with contextlib.suppress(psutil.Error, OSError):
+                self._deliver(self._sample())
 
     def _sample(self) -> Host:
         cpu_percent, memory_bytes = self._family.use(self._roots())

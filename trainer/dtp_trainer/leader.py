@@ -301,7 +301,14 @@ class Leader:
     def _spawn(self, work: Coroutine[None, None, None]) -> None:
         task = asyncio.get_running_loop().create_task(work)
         self._tasks.add(task)
-        task.add_done_callback(self._tasks.discard)
+        task.add_done_callback(self._ended)
+
+    def _ended(self, task: asyncio.Task[None]) -> None:
+        """A leader that cannot do its work makes way for another, or for itself afresh."""
+        self._tasks.discard(task)
+        if not task.cancelled() and (error := task.exception()) is not None:
+            log.error("the leader failed: %s: %s", type(error).__name__, error)
+            self._over.set()
 
     def _abdicate(self) -> None:
         log.warning("another leader took over; the ranks of this one end")

@@ -159,6 +159,8 @@ class Member:
         watching = asyncio.create_task(self._watch_for_group(crew))
         try:
             await crew.run()
+        except OSError as error:
+            self._send(crew.failed(str(error)))
         finally:
             watching.cancel()
         self._beat()
