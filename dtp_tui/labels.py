@@ -114,9 +114,11 @@ def _waiting(job: Job) -> Label:
 
 
 def _running(job: Job, gang: wire.Gang) -> Label:
-    present = sum(not member.leaving for member in gang.members)
-    if present and present != job.workers and job.workers != len(gang.members):
-        return Label(f"Scaling {present} → {job.workers}", "⇅", Tone.BUSY)
+    """A gang smaller than wished just runs: there may be no room for more."""
+    had = gang.world_size // job.spec.nproc_per_node
+    changing = gang.phase in (wire.GangPhase.DRAINING, wire.GangPhase.FORMING)
+    if changing and had and had != job.workers:
+        return Label(f"Scaling {had} → {job.workers}", "⇅", Tone.BUSY)
     match gang.phase:
         case wire.GangPhase.DRAINING:
             return Label("Checkpointing…", "◕", Tone.BUSY)

@@ -55,9 +55,21 @@ def test_headline_says_what_is_wanted() -> None:
 
 
 def test_headline_names_both_ends_of_a_scaling() -> None:
-    """A gang smaller or larger than wished is shown as scaling."""
-    assert labels.headline(job(workers=4), gang(2)).word == "Scaling 2 → 4"
-    assert labels.headline(job(workers=2), gang(2)).word == "Running"
+    """A gang that leaves its ranks to become larger or smaller is shown as scaling."""
+    assert (
+        labels.headline(job(workers=4), gang(2, "draining", world_size=2)).word == "Scaling 2 → 4"
+    )
+    assert (
+        labels.headline(job(workers=1), gang(2, "draining", world_size=2)).word == "Scaling 2 → 1"
+    )
+    assert (
+        labels.headline(job(workers=2), gang(2, "draining", world_size=2)).word == "Checkpointing…"
+    )
+
+
+def test_headline_of_a_gang_without_room_to_grow() -> None:
+    """A job that runs with fewer workers than wished is running."""
+    assert labels.headline(job(workers=4), gang(2, world_size=2)).word == "Running"
 
 
 def test_headline_of_a_waiting_job_gives_the_kind_of_wait() -> None:
