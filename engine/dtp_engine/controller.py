@@ -243,7 +243,7 @@ class Controller:
         change = Change(
             job=decision.job,
             attempts=() if changed is None or changed == case.attempt else (changed,),
-            events=asked + decision.events,
+            events=tuple(sorted(asked + decision.events, key=lambda event: event.at)),
             answered=tuple(admission.answer for admission in case.admissions),
         )
         if change == Change(case.read):
@@ -363,8 +363,13 @@ def main() -> int:
 def _stopped_by_signals() -> asyncio.Event:
     stopping = asyncio.Event()
     loop = asyncio.get_running_loop()
+
+    def leave(name: str) -> None:
+        _log.info("asked to leave by %s", name)
+        stopping.set()
+
     for number in (signal.SIGTERM, signal.SIGINT):
-        loop.add_signal_handler(number, stopping.set)
+        loop.add_signal_handler(number, leave, number.name)
     return stopping
 
 

@@ -207,12 +207,11 @@ class Turn:
 
     def _gone(self, placement: Placement, sight: WorkerSight) -> Placement:
         self.gone_now.append(sight)
-        words = exit_words(sight.exit_code)
+        words = f"is gone: {sight.detail}" if sight.detail else exit_words(sight.exit_code)
         if sight.reason is Reason.SPOT_INTERRUPTION:
             self.job = replace(self.job, preemptions=self.job.preemptions + 1)
             words += "; its spot machine was taken back"
-        detail = f" ({sight.detail})" if sight.detail else ""
-        self.tell("worker_gone", f"worker {placement.worker} {words}{detail}")
+        self.tell("worker_gone", f"worker {placement.worker} {words}")
         gone = replace(placement, state=PlacementState.GONE, ended_at=self.now)
         return replace(gone, exit_code=sight.exit_code)
 

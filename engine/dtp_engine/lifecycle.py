@@ -36,8 +36,8 @@ LINGER = timedelta(seconds=30)
 def decide(job: Job, attempt: Attempt | None, sight: Sight) -> Decision:
     """`attempt` is the job's newest one, None before the first."""
     turn = Turn(job, attempt, sight)
-    turn.take_over_sightings()
     turn.take_over_gang_events()
+    turn.take_over_sightings()
     _apply_rules(turn)
     return turn.decision()
 
