@@ -11,10 +11,8 @@ import os
 import re
 import shutil
 import sys
-import unicodedata
 from collections.abc import Mapping, Sequence
 from contextlib import suppress
-from dataclasses import dataclass
 from datetime import datetime
 from enum import IntEnum
 from typing import Any, NoReturn, TextIO
@@ -22,6 +20,7 @@ from typing import Any, NoReturn, TextIO
 from dtp_engine.errors import InfrastructureError
 from dtp_engine.jobs import Job, JobState, Reason
 from dtp_tui.labels import Label, Tone
+from dtp_tui.tables import Column, Row, cell, lay_out
 
 LONGEST_LINE = 4000
 """Characters of one line of a job's output shown to people; JSON and pipes get all of it."""
@@ -77,21 +76,6 @@ def _at_limit(job: Job) -> bool:
     return job.reason in (Reason.BUDGET, Reason.MAX_DURATION)
 
 
-@dataclass(frozen=True, slots=True)
-class Cell:
-    text: str
-    tone: Tone = Tone.PLAIN
-
-
-@dataclass(frozen=True, slots=True)
-class Column:
-    title: str
-    right: bool = False
-    drop: int = 0
-    """On a narrow terminal the column with the highest number leaves first; 0 never leaves."""
-
-
-Row = Sequence[Cell | Label | str]
 _COLOURS = {
     Tone.GOOD: "32",
     Tone.BUSY: "36",
@@ -134,7 +118,7 @@ class Output:
 
     def table(self, columns: Sequence[Column], rows: Sequence[Row]) -> None:
         """Aligned columns; on a terminal as wide as it is, in a pipe as wide as they are."""
-        cells = [[_cell(item) for item in row] for row in rows]
+        cells = [[cell(item) for item in row] for row in rows]
         width = terminal_width() if self.terminal else None
         for line in lay_out(columns, cells, width, self.paint):
             self.say(line)
@@ -243,83 +227,3 @@ def shown_line(text: str) -> str:
     text = _ESCAPES.sub("", text.expandtabs())
     kept = "".join(c if c.isprintable() or c == "\x1b" else "�" for c in text)
     return f"{kept}\x1b[0m" if "\x1b" in kept else kept
-
-
-# ------------------------------------------------------------------------------------------ tables
-
-
-def _cell(item: Cell | Label | str) -> Cell:
-    if isinstance(item, Label):
-        return Cell(str(item), item.tone)
-    return Cell(item) if isinstance(item, str) else item
-
-
-def cells_wide(text: str) -> int:
-    """Columns that a text takes on a terminal."""
-    if text.isascii():
-        return len(text)
-    return sum(
-        0 if unicodedata.combining(c) else 2 if unicodedata.east_asian_width(c) in "WF" else 1
-        for c in text
-    )
-
-
-def lay_out(
-    columns: Sequence[Column],
-    rows: Sequence[Sequence[Cell]],
-    width: int | None,
-    paint: Any = lambda text, _: text,
-) -> list[str]:
-    """Title line and rows, at most `width` cells wide (None: as wide as they are)."""
-    kept = list(range(len(columns)))
-    widths = [
-        max(cells_wide(text) for text in (column.title, *(row[i].text for row in rows)))
-        for i, column in enumerate(columns)
-    ]
-    while width is not None and _total(widths, kept) > width:
-        leaving = max(kept, key=lambda i: columns[i].drop)
-        if columns[leaving].drop == 0:
-            _shrink(widths, kept, width)
-            break
-        kept.remove(leaving)
-    titles = [Cell(column.title, Tone.QUIET) for column in columns]
-    return [_line(columns, row, widths, kept, paint) for row in (titles, *rows)]
-
-
-def _total(widths: Sequence[int], kept: Sequence[int]) -> int:
-    return sum(widths[i] for i in kept) + 2 * (len(kept) - 1)
-
-
-def _shrink(widths: list[int], kept: Sequence[int], width: int) -> None:
-    """Take from the widest column until the row fits."""
-    while _total(widths, kept) > width:
-        widest = max(kept, key=lambda i: widths[i])
-        if widths[widest] <= 4:
-            return
-        widths[widest] -= 1
-
-
-def _line(
-    columns: Sequence[Column],
-    row: Sequence[Cell],
-    widths: Sequence[int],
-    kept: Sequence[int],
-    paint: Any,
-) -> str:
-    parts: list[str] = []
-    for i in kept:
-        text = shorten(row[i].text, widths[i])
-        room = " " * (widths[i] - cells_wide(text))
-        painted = paint(text, row[i].tone)
-        last = i == kept[-1] and not columns[i].right
-        parts.append(room + painted if columns[i].right else painted + ("" if last else room))
-    return "  ".join(parts).rstrip()
-
-
-def shorten(text: str, width: int) -> str:
-    """At most `width` cells, with an ellipsis where something is missing."""
-    if cells_wide(text) <= width:
-        return text
-    while text and cells_wide(text) > width - 1:
-        text = text[:-1]
-    return text + "…"

@@ -11,7 +11,7 @@ from datetime import UTC, datetime
 from typing import Any
 
 from dtp_engine.engine import JobView
-from dtp_engine.jobs import Attempt, Event, Job, JobSpec
+from dtp_engine.jobs import Attempt, Event, JobSpec
 from dtp_trainer import wire
 from dtp_tui import labels
 
@@ -167,16 +167,6 @@ def shown_env(env: Mapping[str, str]) -> dict[str, str]:
     {'HF_TOKEN': '•••', 'LR': '0.1'}
     """
     return {name: HIDDEN if _SENSITIVE.search(name) else value for name, value in env.items()}
-
-
-def rank_record(job: Job) -> dict[str, Any]:
-    """What the job itself ended with."""
-    return {
-        "state": job.state,
-        "reason": job.reason,
-        "detail": job.detail,
-        "rank_exit_code": job.exit_code,
-    }
 
 
 def utc(at: float) -> datetime:

@@ -12,7 +12,8 @@ from dtp_tui.commands.options import JobArgument, JsonOption
 if TYPE_CHECKING:
     from dtp_engine.engine import Engine
     from dtp_trainer.wire import CheckpointEntry
-    from dtp_tui.output import Cell, Output
+    from dtp_tui.output import Output
+    from dtp_tui.tables import Cell
 
 app = typer.Typer(
     help="List checkpoints, or pin one.",
@@ -71,7 +72,7 @@ def print_checkpoints(out: Output, entries: Sequence[CheckpointEntry]) -> None:
     from datetime import UTC, datetime
 
     from dtp_tui import labels
-    from dtp_tui.output import Column
+    from dtp_tui.tables import Column
 
     now = datetime.now(UTC)
     columns = [
@@ -109,7 +110,7 @@ def _values(entry: CheckpointEntry) -> str:
 
 def _checked(entry: CheckpointEntry) -> Cell:
     from dtp_tui.labels import Tone
-    from dtp_tui.output import Cell
+    from dtp_tui.tables import Cell
 
     pinned = " pinned" if entry.pinned else ""
     if entry.verified is None:

@@ -27,7 +27,8 @@ def group() -> None:
 def show(*, json_lines: JsonOption = False) -> None:
     """Show every setting, its value and where it came from: environment, config file, default."""
     from dtp_engine.settings import config_path, resolve
-    from dtp_tui.output import Column, Output
+    from dtp_tui.output import Output
+    from dtp_tui.tables import Column
 
     settings = resolve()
     out = Output(json_lines=json_lines)

@@ -12,7 +12,8 @@ from dtp_tui.commands.options import JobArgument, JsonOption
 if TYPE_CHECKING:
     from dtp_engine.engine import Engine
     from dtp_engine.series import MetricHistory, Series
-    from dtp_tui.output import Output, Row
+    from dtp_tui.output import Output
+    from dtp_tui.tables import Row
 
 TREND_WIDTH = 16
 
@@ -86,7 +87,7 @@ def _emit(out: Output, series: Series) -> None:
 
 
 def _print(out: Output, shown: list[Series]) -> None:
-    from dtp_tui.output import Column
+    from dtp_tui.tables import Column
 
     columns = [
         Column("NAME"),

@@ -13,7 +13,8 @@ if TYPE_CHECKING:
     from datetime import datetime
 
     from dtp_engine.engine import JobView
-    from dtp_tui.output import Output, Row
+    from dtp_tui.output import Output
+    from dtp_tui.tables import Row
 
 ENDED_SHOWN = 10
 
@@ -53,7 +54,7 @@ def recent(views: Sequence[JobView]) -> list[JobView]:
 def _show(out: Output, views: Sequence[JobView], *, left_out: int) -> None:
     from datetime import UTC, datetime
 
-    from dtp_tui.output import Column
+    from dtp_tui.tables import Column
 
     if not views:
         out.say("no jobs yet; start one: dtp run job.yaml")

@@ -116,7 +116,7 @@ def _progress(view: JobView) -> str:
 
 def _print_workers(out: Output, view: JobView) -> None:
     from dtp_tui import labels
-    from dtp_tui.output import Column
+    from dtp_tui.tables import Column
 
     if view.gang is None or not view.job.active or not view.gang.members:
         return

@@ -11,15 +11,12 @@ import pytest
 from dtp_engine.jobs import Intent, Job, JobSpec, JobState, Reason
 from dtp_tui.output import (
     LONGEST_LINE,
-    Cell,
-    Column,
     Exit,
     exit_code_of,
     json_line,
-    lay_out,
-    shorten,
     shown_line,
 )
+from dtp_tui.tables import Cell, Column, lay_out, shorten
 
 
 def ended(state: JobState, reason: Reason | None = None) -> Job:
