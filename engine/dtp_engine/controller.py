@@ -243,7 +243,7 @@ class Controller:
         change = Change(
             job=decision.job,
             attempts=() if changed is None or changed == case.attempt else (changed,),
-            events=tuple(sorted(asked + decision.events, key=lambda event: event.at)),
+            events=_earliest_first(asked + decision.events),
             answered=tuple(admission.answer for admission in case.admissions),
         )
         if change == Change(case.read):
@@ -293,6 +293,12 @@ def launch_plan(job: Job, attempt: Attempt, workers: tuple[int, ...]) -> LaunchP
         resume_from=job.resume_from,
         train_until=None if left is None else attempt.created_at + left,
     )
+
+
+def _earliest_first(events: tuple[Event, ...]) -> tuple[Event, ...]:
+    """What the gang told is older than what follows from it. Its clock may differ from ours, so
+    times are not compared."""
+    return tuple(sorted(events, key=lambda event: event.actor != "gang"))
 
 
 def _planned(attempt: Attempt | None) -> int:

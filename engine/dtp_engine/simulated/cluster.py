@@ -160,18 +160,18 @@ class Cluster:
 
     def kill_worker(self, attempt: AttemptId, number: int) -> None:
         """As ``kill -9`` of its agent."""
-        self.gangs[attempt].kill(number, self.now)
+        self._played(attempt).kill(number, self.now)
 
     def take_back(self, attempt: AttemptId, number: int) -> None:
         """A spot interruption: the worker checkpoints and leaves, or is killed after the notice."""
-        self.gangs[attempt].workers[number].notice_at = self.now
+        self._played(attempt).workers[number].notice_at = self.now
 
     def fail_rank(self, attempt: AttemptId, error: str) -> None:
-        self.gangs[attempt].fail_rank(self.now, error)
+        self._played(attempt).fail_rank(self.now, error)
 
     def freeze(self, attempt: AttemptId) -> None:
         """The ranks hang."""
-        self.gangs[attempt].freeze(self.now)
+        self._played(attempt).freeze(self.now)
 
     def be_unreachable(self, seconds: float) -> None:
         self.unreachable_until = self.now + seconds
@@ -184,6 +184,11 @@ class Cluster:
 
     def memory(self, job_id: str) -> JobMemory:
         return self.memories.setdefault(job_id, JobMemory(job_id))
+
+    def _played(self, attempt: AttemptId) -> SimulatedGang:
+        gang = self.gangs[attempt]
+        gang.advance(self.now)
+        return gang
 
     def _gang(self, plan: LaunchPlan) -> SimulatedGang:
         gang = self.gangs.get(plan.attempt)
