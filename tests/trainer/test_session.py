@@ -22,7 +22,7 @@ from dtp_trainer.heads import raise_generation, read_head
 from dtp_trainer.ranks import RankLauncher, RankProcess, RankSpec
 from dtp_trainer.storage import FileStorage
 
-LEARNER = Path(__file__).parent / "scripts" / "learner.py"
+SCRIPTS = Path(__file__).parent / "scripts"
 STEPS, STEPS_AN_EPOCH, SAMPLES = 24, 12, 144
 EVERY_5 = {"every_s": None, "every_steps": 5, "keep": 3}
 Notes = dict[int, dict[int, tuple[str, ...]]]
@@ -31,8 +31,9 @@ Notes = dict[int, dict[int, tuple[str, ...]]]
 class Job:
     """The storage of one job, and the ranks started for it, one generation after another."""
 
-    def __init__(self, folder: Path, launcher: RankLauncher) -> None:
-        self.folder, self._launcher = folder, launcher
+    def __init__(self, folder: Path, launcher: RankLauncher, script: str = "learner.py") -> None:
+        self.folder, self.launcher = folder, launcher
+        self._script = SCRIPTS / script
         self.storage = FileStorage(folder / "storage")
         self.err = ""
         (folder / "notes").mkdir(parents=True)
@@ -45,11 +46,11 @@ class Job:
         for rank in range(world if present is None else present):
             variables = self._environment(rank, world, port, generation) | env
             spec = RankSpec(
-                (sys.executable, str(LEARNER)),
+                (sys.executable, str(self._script)),
                 {key: str(value) for key, value in variables.items()},
                 str(self.folder),
             )
-            ranks.append(await self._launcher.start(spec))
+            ranks.append(await self.launcher.start(spec))
         return Started(self, ranks, port)
 
     async def run(self, world: int, **env: Any) -> list[int]:
@@ -151,7 +152,7 @@ async def test_three_pauses_leave_every_loss_as_it_was(
 ) -> None:
     """At the same world size all losses are equal to the bit: dropout, batch norm, random data,
     schedule and the script's own state included."""
-    calm = Job(tmp_path / "calm", job._launcher)
+    calm = Job(tmp_path / "calm", job.launcher)
     assert await calm.run(world) == [0] * world
     for asked in ("0:3", "1:9", "0:16 1:16"):
         assert await job.run(world, ASK=asked, PACE="0.02") == [75] * world
@@ -286,6 +287,20 @@ async def test_ranks_of_an_older_generation_leave_without_a_trace(job: Job) -> N
     raise_generation(job.storage)
     assert await ranks.ended() == [78, 78]
     assert job.checkpoints() == kept
+
+
+async def test_a_loop_of_ones_own_pauses_and_resumes(
+    tmp_path: Path, launcher: RankLauncher
+) -> None:
+    """Without `session.batches`, `global_step` says where to go on, and samples what was told."""
+    job = Job(tmp_path / "own", launcher, "own_loop.py")
+    assert await job.run(2, ASK="1:4") == [75, 75]
+    assert await job.run(2) == [0, 0]
+    for rank in (0, 1):
+        lines = (job.folder / "notes" / f"rank{rank}.txt").read_text().splitlines()
+        assert [int(line.split()[0]) for line in lines] == list(range(1, 12))
+        assert {(r.samples, r.tokens, r.total_steps) for r in job.records(rank)} == {(7, 70, None)}
+    assert job.checkpoints()[-1] == 11
 
 
 async def test_a_session_outside_dtp_trains_and_keeps_nothing(job: Job) -> None:
