@@ -5,11 +5,13 @@ from __future__ import annotations
 import math
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass
+from itertools import zip_longest
 from typing import ClassVar
 
 from rich.cells import cell_len
 from rich.segment import Segment
 from rich.style import Style
+from textual.geometry import Region
 from textual.strip import Strip
 
 from dtp_engine.series import Axis, Bucket, Mark, MarkKind
@@ -50,7 +52,7 @@ class Plot:
 
 
 class Chart(Toned):
-    """Draws a `Plot`; repaints only when a cell changed."""
+    """Draws a `Plot`; repaints only the rows in which a cell changed."""
 
     COMPONENT_CLASSES: ClassVar[set[str]] = {
         "chart--grid",
@@ -64,10 +66,10 @@ class Chart(Toned):
 
     def show(self, plot: Plot) -> None:
         self._plot = plot
-        strips = self._draw()
-        if strips != self._strips:
-            self._strips = strips
-            self.refresh()
+        before, self._strips = self._strips, self._draw()
+        for y, (old, new) in enumerate(zip_longest(before, self._strips)):
+            if old != new:
+                self.refresh(Region(0, y, self.size.width, 1))
 
     def on_resize(self) -> None:
         self._strips = self._draw()

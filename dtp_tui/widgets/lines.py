@@ -1,9 +1,11 @@
-"""A few lines of toned text that repaint only when they change."""
+"""A few lines of toned text; only those that change are repainted."""
 
 from __future__ import annotations
 
 from collections.abc import Sequence
+from itertools import zip_longest
 
+from textual.geometry import Region
 from textual.strip import Strip
 
 from dtp_tui.widgets.spans import Line, Toned
@@ -25,9 +27,10 @@ class Lines(Toned):
         return self._lines
 
     def show(self, lines: Sequence[Line]) -> None:
-        if tuple(lines) != self._lines:
-            self._lines = tuple(lines)
-            self.refresh()
+        before, self._lines = self._lines, tuple(lines)
+        for y, (old, new) in enumerate(zip_longest(before, self._lines)):
+            if old != new:
+                self.refresh(Region(0, y, self.size.width, 1))
 
     def render_line(self, y: int) -> Strip:
         width = self.size.width
