@@ -11,8 +11,8 @@ import os
 import re
 import shutil
 import sys
-from collections.abc import Mapping, Sequence
-from contextlib import suppress
+from collections.abc import Iterator, Mapping, Sequence
+from contextlib import contextmanager, suppress
 from datetime import datetime
 from enum import IntEnum
 from typing import Any, NoReturn, TextIO
@@ -131,16 +131,34 @@ def note(text: str) -> None:
 
 def fail(text: str, code: int) -> NoReturn:
     """One line on stderr, and out."""
+    with suppress(ReaderGone, InfrastructureError):
+        flush()
     note(f"dtp: {text}")
     sys.exit(code)
 
 
 def _write(stream: TextIO, text: str) -> None:
-    try:
-        stream.write(text + "\n")
-        if stream is sys.stderr:
+    if stream is sys.stderr:
+        with suppress(OSError):  # a terminal that is gone has nobody to tell it to
+            stream.write(text + "\n")
             stream.flush()
+        return
+    with _writing():
+        stream.write(text + "\n")
+
+
+def flush() -> None:
+    """Raises `ReaderGone`, `InfrastructureError` (a full disk)."""
+    with _writing():
+        sys.stdout.flush()
+
+
+@contextmanager
+def _writing() -> Iterator[None]:
+    try:
+        yield
     except BrokenPipeError as error:
+        _drop_stdout()
         raise ReaderGone from error
     except OSError as error:
         _drop_stdout()
@@ -151,20 +169,8 @@ class ReaderGone(Exception):
     """Nobody reads the output any more (``dtp ps | head -1``)."""
 
 
-def flush() -> None:
-    """Raises `ReaderGone`, `InfrastructureError` (a full disk)."""
-    try:
-        sys.stdout.flush()
-    except BrokenPipeError as error:
-        raise ReaderGone from error
-    except OSError as error:
-        _drop_stdout()
-        raise InfrastructureError(f"the output cannot be written: {error.strerror}") from error
-
-
 def leave_quietly() -> NoReturn:
-    """After `ReaderGone`; Python must not flush to the closed pipe on its way out."""
-    _drop_stdout()
+    """After `ReaderGone`."""
     sys.exit(Exit.BROKEN_PIPE)
 
 

@@ -256,6 +256,20 @@ def test_a_terminal_gets_a_progress_bar(cli: Any) -> None:
     assert text.rfind("\x1b[?25h") > text.rfind("\x1b[?25l") >= 0
 
 
+def test_a_dropped_terminal_leaves_the_job(cli: Any) -> None:
+    """When the terminal of an attached run vanishes the client ends, and the job trains on."""
+    path = cli.job_file(LONG, name="long")
+    pid, terminal = pty.fork()
+    if pid == 0:
+        os.execve(cli.program, ["dtp", "run", str(path)], {**cli.env, "TERM": "xterm"})
+    cli.until(lambda: "began" in cli("logs", "long").stdout if cli.rows("ps") else "", "output")
+    os.close(terminal)
+    _, status = os.waitpid(pid, 0)
+    assert os.waitstatus_to_exitcode(status) in (128 + signal.SIGHUP, 7)
+    assert cli.rows("ps")[0]["state"] == "RUNNING"
+    assert not list(cli.home.glob("logs/crash-*"))
+
+
 def _read_to_end(fd: int) -> bytes:
     """What comes from a terminal until the other side has closed it."""
     seen = b""
