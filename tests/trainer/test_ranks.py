@@ -106,6 +106,7 @@ LOOK = """
         "name": __name__, "file": __file__, "safe": sys.modules["__main__"].__dict__ is globals(),
         "group": os.getpgrp() == os.getpid(), "stdin": sys.stdin.read(),
         "descriptors": len(os.listdir("/proc/self/fd")), "comm": open("/proc/self/comm").read(),
+        "ps": open("/proc/self/cmdline").read().rstrip("\\0").split("\\0"),
     }))
 """
 
@@ -122,6 +123,7 @@ async def test_a_script_sees_its_own_arguments_folder_and_environment(bench: Ben
     assert seen["stdin"] == ""
     assert seen["descriptors"] == 5  # 0, 1, 2, the report, and the one that lists them
     assert seen["comm"].strip() == "dtp:rank3"
+    assert seen["ps"] == ["python", "train.py", "--lr", "0.1"]
 
 
 async def test_a_process_is_named_by_its_pid_and_start_time(bench: Bench) -> None:

@@ -125,6 +125,22 @@ async def test_it_leaves_when_idle_and_a_successor_starts(tmp_path: Path) -> Non
     assert pids[0] != pids[1]
 
 
+async def test_it_leaves_a_name_that_is_no_longer_its_own(tmp_path: Path) -> None:
+    """The folder was made anew: the old process leaves, its successor's socket stays."""
+    path = warm_path(tmp_path, ENV, LIGHT)
+    order = spec(tmp_path, "import os; print(os.getppid())")
+    async with RankLauncher(zygotes=tmp_path, idle_s=0.05, preload=LIGHT) as launcher:
+        first = int(await first_line(await launcher.start(order)))
+        for file in (path, path.with_suffix(".lock")):
+            file.unlink()
+        async with RankLauncher(zygotes=tmp_path, idle_s=60, preload=LIGHT) as other:
+            second = int(await first_line(await other.start(order)))
+            await launcher.aclose()
+            await until_gone(first)
+            assert zygote_pid(path) == second != first
+    dismiss(path)
+
+
 async def test_it_stays_while_an_agent_is_connected(tmp_path: Path) -> None:
     """Idle means nobody there: an agent between two generations keeps its warm process."""
     order = spec(tmp_path, "import os; print(os.getppid())")

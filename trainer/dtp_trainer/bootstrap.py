@@ -13,8 +13,9 @@ import resource
 import shutil
 import signal
 import sys
-from collections.abc import Mapping
+from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, replace
+from pathlib import Path
 from types import ModuleType
 from typing import Any, NoReturn, Self
 
@@ -76,6 +77,15 @@ def set_name(name: str) -> None:
     _libc.prctl(_SET_NAME, name.encode(), 0, 0, 0)
 
 
+def set_command_line(argv: Sequence[str]) -> None:
+    """Of this process, as `ps` and `nvidia-smi` show it; cut to the length of the one it has."""
+    fields = Path("/proc/self/stat").read_bytes().rpartition(b")")[2].split()
+    start, end = int(fields[45]), int(fields[46])  # proc(5): arg_start, arg_end
+    text = b"\0".join(map(os.fsencode, argv))[: end - start - 1]
+    if start:
+        ctypes.memmove(start, text.ljust(end - start, b"\0"), end - start)
+
+
 def adopt_orphans() -> None:
     """Become the parent of descendants whose own parent ends, so that somebody reaps them."""
     _libc.prctl(_SET_SUBREAPER, 1, 0, 0, 0)
@@ -101,6 +111,7 @@ def _detach(birth: Birth) -> None:
     if os.getppid() != birth.parent:  # it died before it could have signalled us
         os._exit(1)
     set_name(f"dtp:rank{birth.order.env.get('RANK', '')}")
+    set_command_line(birth.order.argv)
     os.dup2(birth.stdout, 1)
     os.dup2(birth.stderr, 2)
     os.closerange(3, birth.report)

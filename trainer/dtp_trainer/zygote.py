@@ -100,12 +100,18 @@ class Address:
     the lock with the process, so a killed one leaves nothing in the way of the next."""
 
     path: Path
+    identity: tuple[int, int]
     listener: socket.socket
     lock: int
 
+    def is_ours(self) -> bool:
+        """Clients find us. Not so when the folder was removed, and perhaps made anew."""
+        return _identity(self.path) == self.identity
+
     def give_up(self) -> None:
         """The name first: who takes the lock next binds it anew."""
-        self.path.unlink(missing_ok=True)
+        if self.is_ours():
+            self.path.unlink(missing_ok=True)
         os.close(self.lock)
 
 
@@ -175,7 +181,7 @@ class Zygote:
     def _is_wanted(self, address: Address) -> bool:
         if self._clients or self._children:
             return True
-        return time.monotonic() < self._busy_at + self._idle_s and address.path.exists()
+        return time.monotonic() < self._busy_at + self._idle_s and address.is_ours()
 
     # ------------------------------------------------------------------------------- connections
 
@@ -190,7 +196,8 @@ class Zygote:
     def _retire(self, address: Address) -> None:
         """Give up the name, serve those who came in the same moment, then leave. The next client
         finds no socket and starts a successor."""
-        log.info("idle for %g s, or the socket was removed: leaving", self._idle_s)
+        idle_s = time.monotonic() - self._busy_at
+        log.info("leaving after %.1f s (of %g) without visitors", idle_s, self._idle_s)
         address.give_up()
         while self._accept(address):
             pass
@@ -380,7 +387,15 @@ def listen(path: Path) -> Address | None:
     listener.bind(str(path))
     listener.listen(128)
     listener.setblocking(False)  # noqa: FBT003
-    return Address(path, listener, lock)
+    return Address(path, _identity(path), listener, lock)
+
+
+def _identity(path: Path) -> tuple[int, int]:
+    try:
+        found = path.stat()
+    except OSError:
+        return 0, 0
+    return found.st_ino, found.st_mtime_ns
 
 
 def _arguments() -> argparse.Namespace:

@@ -32,7 +32,7 @@ _AT_IMPORT = (
 )  # fmt: skip
 _NOT_AT_IMPORT = ("OMP_NUM_THREADS", "PYTHONPATH", "PYTHONUNBUFFERED", "TORCHELASTIC_")
 """What a forked rank takes up by itself."""
-_OF_THE_USER = ("HOME", "LOGNAME", "PATH", "TMPDIR", "USER")
+_OF_THE_USER = ("DTP_HOME", "HOME", "LOGNAME", "PATH", "TMPDIR", "USER")
 
 
 class Unreachable(Exception):
