@@ -119,7 +119,7 @@ class JobFeed:
         view = next((view for view in cluster.jobs if view.job.id == self.job_id), None)
         if view is None:
             return
-        self._tail.keep_up(view)
+        self._tail.keep_up(view, may_retry=is_slow_turn)
         await self._read_events()
         if is_slow_turn or view.checkpoint != self._newest:
             self._checkpoints = tuple(await self._engine.checkpoints(self.job_id))
@@ -165,9 +165,9 @@ class LogTail:
         self._anew = False
         self._task: asyncio.Task[None] | None = None
 
-    def keep_up(self, view: JobView) -> None:
-        """Start reading, and again after a pause or an error."""
-        if self._task is None or (self._task.done() and self._has_more(view)):
+    def keep_up(self, view: JobView, *, may_retry: bool) -> None:
+        """Start reading, and again after a pause or, when `may_retry`, after an error."""
+        if self._task is None or (self._task.done() and self._has_more(view, may_retry=may_retry)):
             self.history = MetricHistory()
             self._lines.clear()
             self._anew = True
@@ -186,9 +186,12 @@ class LogTail:
         if self._task is not None:
             self._task.cancel()
 
-    def _has_more(self, view: JobView) -> bool:
-        failed = self._task is not None and self._task.exception() is not None
-        return view.job.active or failed
+    def _has_more(self, view: JobView, *, may_retry: bool) -> bool:
+        """Raises what ended the reading until it may be tried again."""
+        failed = self._task.exception() if self._task is not None else None
+        if failed is not None and not may_retry:
+            raise failed
+        return view.job.active or failed is not None
 
     async def _read(self) -> None:
         count = 0

@@ -5,6 +5,7 @@ from __future__ import annotations
 from collections.abc import Iterable
 from typing import TYPE_CHECKING, ClassVar
 
+from textual import events
 from textual.app import ComposeResult
 from textual.binding import Binding, BindingType
 from textual.containers import Vertical
@@ -26,6 +27,7 @@ if TYPE_CHECKING:
     from dtp_tui.dashboard import DtpApp
 
 
+_VERBS = {"P": Verb.PAUSE, "R": Verb.RESUME, "S": Verb.SCALE, "X": Verb.STOP}
 ROOMY = 110
 """Columns from which the header writes words beside its glyphs."""
 
@@ -144,6 +146,13 @@ class Frame(Screen[None]):
         view = self.selected()
         possible = view and consequences.refusal(Verb(str(parameters[0])), view.job) is None
         return True if possible else None
+
+    def on_key(self, event: events.Key) -> None:
+        """A verb that cannot be says why."""
+        verb, view = _VERBS.get(event.key), self.selected()
+        reason = consequences.refusal(verb, view.job) if verb and view else None
+        if reason is not None:
+            self.flash(reason, Tone.WARN)
 
     def action_ask(self, verb: str) -> None:
         view = self.selected()

@@ -136,7 +136,7 @@ class Chart(Toned):
 
     def _background(self, columns: int, grid: Style, *, ticked: bool) -> list[tuple[str, Style]]:
         cells = [("┈" if ticked else " ", grid)] * columns
-        for mark in self._plot.marks:
+        for mark in self._marks:
             column = self._column(mark, columns)
             if column is not None and mark.kind is not MarkKind.CHECKPOINT:
                 cells[column] = ("┊", self._mark_ink(mark))
@@ -146,7 +146,7 @@ class Chart(Toned):
         quiet = self.ink(Tone.QUIET)
         ticks = step_ticks if self._plot.axis is Axis.STEP else time_ticks
         cells = [(" ", quiet)] * columns
-        for mark in self._plot.marks:
+        for mark in self._marks:
             column = self._column(mark, columns)
             if column is not None:
                 cells[column] = (_MARK_GLYPHS[mark.kind], self._mark_ink(mark))
@@ -158,6 +158,11 @@ class Chart(Toned):
             end = first + len(label)
             cells[first:end] = [(char, quiet) for char in label]
         return Strip([Segment(" " * (LABEL_WIDTH + 1)), *_runs(cells)], LABEL_WIDTH + 1 + columns)
+
+    @property
+    def _marks(self) -> list[Mark]:
+        """Failures last: where several fall into one column, they are what is seen."""
+        return sorted(self._plot.marks, key=lambda mark: mark.kind is MarkKind.FAILURE)
 
     def _column(self, mark: Mark, columns: int) -> int | None:
         position = mark.at if self._plot.axis is Axis.TIME else mark.step

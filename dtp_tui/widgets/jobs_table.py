@@ -10,10 +10,11 @@ from typing import ClassVar
 from textual.binding import Binding, BindingType
 
 from dtp_engine.engine import JobView
+from dtp_engine.jobs import Job, Reason
 from dtp_engine.series import sparkline
 from dtp_trainer import wire
 from dtp_tui import labels
-from dtp_tui.labels import Tone
+from dtp_tui.labels import STATES, Tone
 from dtp_tui.widgets.log_buffer import matcher
 from dtp_tui.widgets.spans import Span, label_span
 from dtp_tui.widgets.table import Column, LineTable, Row
@@ -89,9 +90,14 @@ def job_row(view: JobView, now: datetime) -> Row:
             Span(labels.size(memory(live)), ended_or_paused),
             Span(labels.age(view.checkpoint.at if view.checkpoint else None, now), Tone.QUIET),
             Span(labels.elapsed(job, now), Tone.QUIET),
-            Span(labels.why(job), labels.headline(job, gang).tone),
+            Span(labels.why(job), why_tone(job)),
         ),
     )
+
+
+def why_tone(job: Job) -> Tone:
+    """What was asked for is no reason to worry."""
+    return Tone.QUIET if job.reason is Reason.USER else STATES[job.state].tone
 
 
 def _step(gang: wire.Gang | None) -> Span:

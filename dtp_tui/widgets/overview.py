@@ -8,14 +8,15 @@ from textual.app import ComposeResult
 from textual.binding import Binding, BindingType
 from textual.containers import Grid, Vertical
 
-from dtp_engine.jobs import Job, Reason
+from dtp_engine.jobs import Job
 from dtp_engine.series import MetricHistory
 from dtp_tui import labels
-from dtp_tui.labels import STATES, Tone
+from dtp_tui.labels import Tone
 from dtp_tui.messages import JobPicture
 from dtp_tui.widgets.chart import Chart
 from dtp_tui.widgets.events_feed import event_tone
 from dtp_tui.widgets.job_plots import Past, plots
+from dtp_tui.widgets.jobs_table import why_tone
 from dtp_tui.widgets.lines import Lines
 from dtp_tui.widgets.spans import Line, Span, joined, label_span
 
@@ -104,8 +105,7 @@ def stats(picture: JobPicture, shown: Past) -> tuple[Line, Line, Line]:
 
 def _why(job: Job) -> tuple[Span, ...]:
     why = labels.why(job)
-    tone = Tone.QUIET if job.reason is Reason.USER else STATES[job.state].tone
-    return (Span(why, tone),) if why else ()
+    return (Span(why, why_tone(job)),) if why else ()
 
 
 def _progress(picture: JobPicture) -> tuple[Span, ...]:

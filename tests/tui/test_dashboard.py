@@ -226,13 +226,15 @@ async def test_a_refusal_is_told_in_one_line(
         await until(pilot, lambda: "digits is already being paused" in seen(app))
 
 
-async def test_verbs_that_cannot_be_are_quiet(engine: Any, app_of: Any, until: Until) -> None:
-    """R on a running job opens nothing."""
+async def test_verbs_that_cannot_be_say_why(
+    engine: Any, app_of: Any, until: Until, seen: Seen
+) -> None:
+    """R on a running job opens nothing, and says why."""
     app = app_of(engine)
     async with app.run_test(size=SMALL) as pilot:
         await until(pilot, has_jobs(app))
         await pilot.press("R")
-        await pilot.pause()
+        await until(pilot, lambda: "digits is not paused" in seen(app))
         assert isinstance(app.screen, JobsScreen)
     assert engine.asked == []
 
@@ -341,3 +343,19 @@ async def test_a_job_that_goes_on_after_a_pause_is_read_again(
         engine.say("digitsxx", "after it")
         await until(pilot, lambda: "after it" in seen(app))
         assert seen(app).count("before the pause") == 1
+
+
+async def test_keys_answer_while_lines_pour_in(
+    engine: Any, app_of: Any, until: Until, seen: Seen
+) -> None:
+    """100,000 lines at once: the screen can be used, and shows the last of them in the end."""
+    engine.say("digitsxx", *(f"line {n}" for n in range(100_000)))
+    app = app_of(engine, "digits")
+    async with app.run_test(size=SMALL) as pilot:
+        await until(pilot, at(app, JobScreen))
+        await pilot.press("3")
+        await until(pilot, lambda: "● leads" in seen(app))
+        await pilot.press("2")
+        await until(pilot, lambda: "line 99999" in seen(app))
+        await pilot.press("question_mark")
+        await until(pilot, at(app, HelpScreen))
