@@ -204,11 +204,9 @@ def member(worker: int) -> Member:
 
 
 @asynccontextmanager
-async def door(
-    secret: str = "s", *, scope: str = "abc.a1"
-) -> AsyncIterator[tuple[str, list[Link]]]:
-    """A leader's side that accepts who knows the secret."""
-    accepted: list[Link] = []
+async def door() -> AsyncIterator[tuple[str, asyncio.Queue[Link]]]:
+    """A leader's side that accepts who knows the secret of attempt 1."""
+    accepted: asyncio.Queue[Link] = asyncio.Queue()
     address = ""
 
     async def visit(reader: asyncio.StreamReader, writer: asyncio.StreamWriter) -> None:
