@@ -64,7 +64,9 @@ class Worker:
 
 
 @dataclass(slots=True)
-class SimulatedGang:
+class GangFacts:
+    """All that is to be known of a gang; what readers get."""
+
     plan: LaunchPlan
     """The newest."""
     behaviour: Behaviour
@@ -100,6 +102,19 @@ class SimulatedGang:
         if current is None:
             return self.memory.step
         return min(current.step_at(at), self.behaviour.steps)
+
+    @property
+    def world_size(self) -> int:
+        last = self.timeline.last
+        return self.ranks(len(last.workers)) if last else 0
+
+    def ranks(self, workers: int) -> int:
+        return workers * self.plan.spec.nproc_per_node
+
+
+@dataclass(slots=True)
+class SimulatedGang(GangFacts):
+    """A gang that lives: told to do things, and doing what is due."""
 
     # ---------------------------------------------------------------------- what is done to it
 
@@ -340,14 +355,6 @@ class SimulatedGang:
         self.memory.tell(at, "gang_ended", detail, step=self.memory.step)
         for worker in self.members:
             worker.leave(at + LEAVE_S, int(code))
-
-    @property
-    def world_size(self) -> int:
-        last = self.timeline.last
-        return self.ranks(len(last.workers)) if last else 0
-
-    def ranks(self, workers: int) -> int:
-        return workers * self.plan.spec.nproc_per_node
 
 
 def _nothing(_: float) -> None:

@@ -8,7 +8,7 @@ from typing import TypeAlias
 
 from dtp_engine.backend import LogLine
 from dtp_engine.simulated import curves
-from dtp_engine.simulated.gang import SimulatedGang, Worker
+from dtp_engine.simulated.gang import GangFacts, Worker
 from dtp_engine.simulated.status import GIB, usage
 from dtp_engine.simulated.timeline import Segment
 from dtp_trainer import wire
@@ -19,7 +19,7 @@ TEXT_EVERY_S = 5
 """A rank prints a line of its own so often; records come every second."""
 
 
-def lines_between(gang: SimulatedGang, after: Mapping[int, str], now: float) -> Iterator[LogLine]:
+def lines_between(gang: GangFacts, after: Mapping[int, str], now: float) -> Iterator[LogLine]:
     """Lines after the cursors (``second/number of the line in it``), in the order of time."""
     workers = [worker for worker in gang.workers.values() if worker.up]
     done = {w.number: _position(after.get(w.number), w) for w in workers}
@@ -40,7 +40,7 @@ def _position(cursor: str | None, worker: Worker) -> tuple[int, int]:
     return int(second), int(index)
 
 
-def _printed(gang: SimulatedGang, worker: Worker, second: int) -> Iterator[Printed]:
+def _printed(gang: GangFacts, worker: Worker, second: int) -> Iterator[Printed]:
     for event in gang.memory.events:
         if second - 1 < event.at <= second and gang.memory.tellers[event.seq] == worker.number:
             yield event, None
@@ -56,7 +56,7 @@ def _printed(gang: SimulatedGang, worker: Worker, second: int) -> Iterator[Print
         yield wire.Exit(worker.gone_at, worker.number, worker.code, gang.detail), None
 
 
-def _host(gang: SimulatedGang, worker: Worker, second: int) -> wire.Host:
+def _host(gang: GangFacts, worker: Worker, second: int) -> wire.Host:
     used = usage(gang, worker.number, second)
     gpus = gang.plan.spec.resources.gpus
     return wire.Host(
@@ -71,7 +71,7 @@ def _host(gang: SimulatedGang, worker: Worker, second: int) -> wire.Host:
     )
 
 
-def _window(gang: SimulatedGang, segment: Segment, worker: int, second: int) -> wire.Window | None:
+def _window(gang: GangFacts, segment: Segment, worker: int, second: int) -> wire.Window | None:
     """None when no step completed in this second."""
     script = gang.behaviour
     step = min(segment.step_at(second), script.steps)

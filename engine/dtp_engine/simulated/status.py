@@ -5,7 +5,7 @@ from __future__ import annotations
 from dataclasses import asdict, dataclass, replace
 
 from dtp_engine.simulated import curves
-from dtp_engine.simulated.gang import SimulatedGang
+from dtp_engine.simulated.gang import GangFacts
 from dtp_trainer import wire
 from dtp_trainer.wire import GangPhase
 
@@ -23,7 +23,7 @@ class Usage:
     gpu_memory_bytes: tuple[int, ...]
 
 
-def status_of(gang: SimulatedGang, at: float) -> wire.Gang | None:
+def status_of(gang: GangFacts, at: float) -> wire.Gang | None:
     """None before its first leader."""
     if gang.leader is None:
         return None
@@ -50,7 +50,7 @@ def status_of(gang: SimulatedGang, at: float) -> wire.Gang | None:
     return _with_progress(status, gang, min(at, last.end, last.stuck_at))
 
 
-def _with_progress(status: wire.Gang, gang: SimulatedGang, last_step_at: float) -> wire.Gang:
+def _with_progress(status: wire.Gang, gang: GangFacts, last_step_at: float) -> wire.Gang:
     script, world = gang.behaviour, gang.world_size
     step = gang.step_at(last_step_at)
     speed = curves.samples_per_s(script, world, step)
@@ -71,7 +71,7 @@ def _with_progress(status: wire.Gang, gang: SimulatedGang, last_step_at: float) 
     )
 
 
-def _members(gang: SimulatedGang, at: float) -> tuple[wire.Member, ...]:
+def _members(gang: GangFacts, at: float) -> tuple[wire.Member, ...]:
     current = gang.timeline.current
     ranked = current.workers if current else ()
     each = gang.plan.spec.nproc_per_node
@@ -88,7 +88,7 @@ def _members(gang: SimulatedGang, at: float) -> tuple[wire.Member, ...]:
     )
 
 
-def usage(gang: SimulatedGang, worker: int, at: float) -> Usage:
+def usage(gang: GangFacts, worker: int, at: float) -> Usage:
     """CPU, memory and GPUs of a worker, at this second."""
     need, second = gang.plan.spec.resources, int(at)
     busy = gang.timeline.at(at) is not None
