@@ -5,6 +5,7 @@ from __future__ import annotations
 import asyncio
 import json
 import os
+import shutil
 import signal
 import socket
 import subprocess
@@ -18,7 +19,7 @@ import psutil
 import pytest
 
 from dtp_trainer.ranks import RankExit, RankLauncher, RankProcess, RankSpec
-from dtp_trainer.zygote import Inbox, frame
+from dtp_trainer.zygote import Inbox, cuda_started, frame
 from dtp_trainer.zygote_client import Unreachable, warm_path
 
 ENV = {"PATH": f"{Path(sys.executable).parent}{os.pathsep}{os.environ['PATH']}", "HOME": "/nowhere"}
@@ -426,3 +427,23 @@ async def test_two_forked_ranks_form_a_process_group(zygotes: Path, tmp_path: Pa
         assert await rank.wait() == -signal.SIGABRT
         assert rank.exit
         assert rank.exit.formed_group is True
+
+
+@pytest.mark.gpu
+async def test_a_forked_rank_uses_the_gpu(zygotes: Path, tmp_path: Path) -> None:
+    """The imports of the warm process leave CUDA alone, so that it starts in each fork."""
+    if shutil.which("nvidia-smi") is None:
+        pytest.skip("needs a GPU")
+    source = "import os, torch; print(torch.ones(3, device='cuda').sum().item(), os.getppid())"
+    async with RankLauncher(zygotes=zygotes, idle_s=60) as launcher:
+        for _ in range(2):
+            rank = await launcher.start(spec(tmp_path, source))
+            assert (await first_line(rank)).split()[0] == "3.0"
+            assert await rank.wait() == 0
+            assert rank.exit
+            assert rank.exit.formed_group is False, "it was executed afresh, not forked"
+
+
+def test_cuda_is_not_started_where_it_is_not_loaded() -> None:
+    """The question itself loads no driver and starts none."""
+    assert not cuda_started()

@@ -14,6 +14,7 @@ from __future__ import annotations
 
 import argparse
 import contextlib
+import ctypes
 import fcntl
 import gc
 import importlib
@@ -348,20 +349,32 @@ def start_ticks(pid: int) -> int:
 
 
 def preload(modules: Sequence[str]) -> bool:
-    """Import what is there; whether forked children may run in place, which a second thread forbids
-    (it would not exist in them, and its locks might be held for ever)."""
+    """Import what is there; whether forked children may run in place. A second thread forbids it
+    (it would not exist in them, and its locks might be held for ever), and so does a started CUDA
+    driver (it does not work in a fork)."""
     for name in modules:
-        started = time.monotonic()
+        began = time.monotonic()
         try:
             importlib.import_module(name)
         except Exception as error:  # noqa: BLE001 - a module may raise anything; so will the rank's
             log.warning("without %s: %s: %s", name, type(error).__name__, error)
         else:
-            log.info("imported %s in %.2f s", name, time.monotonic() - started)
+            log.info("imported %s in %.2f s", name, time.monotonic() - began)
     threads = len(os.listdir("/proc/self/task"))  # noqa: PTH208
     if threads > 1:
         log.warning("%d threads after the imports: every rank gets a fresh interpreter", threads)
-    return threads == 1
+    if started := cuda_started():
+        log.warning("the imports started CUDA: every rank gets a fresh interpreter")
+    return threads == 1 and not started
+
+
+def cuda_started() -> bool:
+    """Whether something in this process called `cuInit`."""
+    try:
+        driver = ctypes.CDLL("libcuda.so.1", mode=os.RTLD_NOLOAD | os.RTLD_NOW)
+    except OSError:
+        return False
+    return bool(driver.cuDeviceGetCount(ctypes.byref(ctypes.c_int())) == 0)
 
 
 def _keep_from_children() -> None:

@@ -129,9 +129,11 @@ async def _run(
 
 
 def _environment(env: Mapping[str, str]) -> dict[str, str]:
-    """One thread for OpenBLAS, which would start the others when it is loaded."""
+    """One thread for OpenBLAS, which would start the others when it is loaded; and a look for GPUs
+    at import that does not start CUDA, which would not work in the forks."""
     user = {name: env[name] for name in _OF_THE_USER if name in env}
-    return {**user, **_import_time(env), "OPENBLAS_NUM_THREADS": "1"}
+    ours = {"OPENBLAS_NUM_THREADS": "1", "PYTORCH_NVML_BASED_CUDA_CHECK": "1"}
+    return {**user, **_import_time(env), **ours}
 
 
 def _import_time(env: Mapping[str, str]) -> dict[str, str]:
