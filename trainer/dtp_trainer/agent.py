@@ -72,6 +72,7 @@ class Agent:
         """Work until dismissed, or until the grace after SIGTERM is over."""
         loop = asyncio.get_running_loop()
         loop.add_signal_handler(signal.SIGTERM, self._on_sigterm)
+        signal.pthread_sigmask(signal.SIG_UNBLOCK, {signal.SIGTERM})
         sampler = HostSampler(
             self._launch.worker,
             roots=lambda: (os.getpid(), *self._member.rank_pids),
@@ -294,6 +295,7 @@ def _be_independent() -> None:
 
 
 def main() -> int:
+    signal.pthread_sigmask(signal.SIG_BLOCK, {signal.SIGTERM})  # until somebody can answer it
     path = Path(os.environ.get(Env.LAUNCH, ""))
     lines = Lines()
     try:

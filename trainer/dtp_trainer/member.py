@@ -189,7 +189,7 @@ class Member:
         if crew.order.first_rank != 0:
             return
         waits = [*LISTENING_S]
-        while not self._formed_group:
+        while not (self._formed_group or crew.reporting):
             await asyncio.sleep(waits.pop(0) if waits else BEAT_S)
             pids, port = crew.pids, crew.order.master_port
             self._formed_group = await asyncio.to_thread(listens, pids, port)

@@ -132,8 +132,13 @@ def _advanced(
     return advanced
 
 
+def _same(window: wire.Window, known: wire.Window | None) -> bool:
+    """Not by equality: a loss that is no number equals nothing."""
+    return known is not None and (window.generation, window.at) == (known.generation, known.at)
+
+
 def _with_window(progress: Progress, window: wire.Window | None) -> Progress:
-    if window is None or window.rank != 0 or window == progress.window:
+    if window is None or window.rank != 0 or _same(window, progress.window):
         return progress
     trend = progress.trend
     if window.samples_per_s is not None:
