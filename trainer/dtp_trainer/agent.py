@@ -217,7 +217,9 @@ class Agent:
             address=f"{launch.host}:{port}",
         )
         state = inherit(sight.gang, launch, steady.now())
-        return Leader(launch, self._storage, Office(self._storage, mandate), state)
+        office = Office(self._storage, mandate)
+        told = sight.gang.events[-1].seq if sight.gang and sight.gang.events else 0
+        return Leader(launch, self._storage, office, state, self._lines.record, told=told)
 
     async def _open_door(self, elected: asyncio.Future[Leader]) -> asyncio.Server:
         """A server that hands its visitors to the leader, as soon as it is elected."""

@@ -25,6 +25,9 @@ RETRY_S = 1.0
 
 
 def absorb(state: State, given: Input, now: float) -> State:
+    over = state.phase in (Phase.ENDED, Phase.RESIGNED)
+    if over and not isinstance(given, Committed):
+        return state  # Those that were dismissed leave; nobody is lost.
     match given:
         case Said(worker, message):
             return _hear(state, worker, message, now)

@@ -8,7 +8,7 @@ from __future__ import annotations
 import asyncio
 import contextlib
 import logging
-from collections.abc import Coroutine
+from collections.abc import Callable, Coroutine
 from typing import assert_never
 
 from dtp_trainer import gang, heads, links, steady
@@ -49,7 +49,7 @@ from dtp_trainer.messages import (
 from dtp_trainer.messages import Beat as MemberBeat
 from dtp_trainer.office import Deposed, Office, raise_fence, unseen
 from dtp_trainer.storage import Storage, StorageError
-from dtp_trainer.wire import ExitCode, Launch
+from dtp_trainer.wire import ExitCode, GangEvent, Launch
 
 PULSE_S = 1.0
 LOST_AFTER_S = 5.0
@@ -75,10 +75,23 @@ def _start_of(order: StartSeat) -> Start:
 
 
 class Leader:
-    """Leads from `run` until the gang has ended, this worker left, or another leader took over."""
+    """Leads from `run` until the gang has ended, this worker left, or another leader took over.
 
-    def __init__(self, launch: Launch, storage: Storage, office: Office, state: State) -> None:
+    announce: called with each event after number `told`, once.
+    """
+
+    def __init__(
+        self,
+        launch: Launch,
+        storage: Storage,
+        office: Office,
+        state: State,
+        announce: Callable[[GangEvent], None],
+        *,
+        told: int = 0,
+    ) -> None:
         self._launch, self._storage, self._office = launch, storage, office
+        self._announce = announce
         self._state = state
         self._links: dict[int, Link] = {}
         self._ports: dict[int, asyncio.Future[int]] = {}
@@ -87,10 +100,11 @@ class Leader:
         self._over = asyncio.Event()
         self._news = asyncio.Event()
         self._parting = asyncio.Condition()
-        self._told = state.chronicle.seq
+        self._told = told
 
     async def run(self, server: asyncio.Server) -> None:
         """`server` hands its connections to `welcome`; it is closed at the end."""
+        self._tell_news()
         self._spawn(self._publish_always())
         self._spawn(self._keep_contact())
         self._set_timer()
@@ -178,10 +192,16 @@ class Leader:
         self._state, outputs = gang.step(self._state, given, steady.now())
         for output in outputs:
             self._do(output)
-        if self._state.chronicle.seq != self._told:
-            self._told = self._state.chronicle.seq
-            self._news.set()
+        self._tell_news()
         self._set_timer()
+
+    def _tell_news(self) -> None:
+        fresh = [event for event in self._state.chronicle.events if event.seq > self._told]
+        for event in fresh:
+            self._announce(event)
+        if fresh:
+            self._told = fresh[-1].seq
+            self._news.set()
 
     def _set_timer(self) -> None:
         if self._timer:

@@ -39,6 +39,8 @@ def test_two_workers_train(job: Job) -> None:
     assert (gang.phase, gang.outcome, gang.generation, gang.world_size) == ("ended", 0, 1, 2)
     assert (gang.step, gang.total_steps) == (20, 20)
     assert [event.seq for event in gang.events] == [*range(1, len(gang.events) + 1)]
+    printed = [record for record in leader(job).log() if isinstance(record, wire.GangEvent)]
+    assert printed == [*gang.events]
 
 
 def test_killed_rank(job: Job) -> None:
