@@ -87,7 +87,7 @@ def dtp(folder: Path) -> tuple[list[float], int]:
     job.write_text(
         f"name: recovery\nnproc_per_node: 2\nworkdir: {SCRIPT.parent}\nrun: python recovery.py\n"
         f"env: {{BENCH_FILE: {folder / 'notes'}}}\n"
-        "checkpoint: {every: 50 steps}\nretry: {on_errors: 100000}\n"
+        "checkpoint: {every: 50 steps}\nretry: {on_errors: 1000}\n"
     )
     home = folder / "home"
     env = {**os.environ, "DTP_HOME": str(home)}

@@ -4,9 +4,11 @@ left behind."""
 import contextlib
 import json
 import os
+import shutil
 import signal
 import subprocess
 import sys
+import tempfile
 import time
 import zlib
 from collections.abc import Callable, Iterator
@@ -75,16 +77,21 @@ class Dtp:
         pytest.fail(f"{what}: not within {timeout} s; ps: {self.run('ps', '--json', code=None)}")
 
     def processes(self) -> list[psutil.Process]:
-        """Everything that runs for this state folder."""
-        return [p for p in psutil.process_iter() if self._ours(p)]
+        """Everything that runs for this state folder, and what was forked from that."""
+        found = {p for p in psutil.process_iter() if self._is_ours(p)}
+        for process in tuple(found):
+            with contextlib.suppress(psutil.Error):
+                found.update(process.children(recursive=True))
+        return sorted(found, key=lambda p: p.pid)
 
-    def _ours(self, process: psutil.Process) -> bool:
+    def _is_ours(self, process: psutil.Process) -> bool:
         try:
             if process.pid == os.getpid() or process.status() == psutil.STATUS_ZOMBIE:
                 return False
-            return process.environ().get("DTP_HOME") == str(self.home)
+            marks = [*process.cmdline(), *process.environ().values()]
         except psutil.Error:
             return False
+        return any(mark.startswith(str(self.home)) for mark in marks)
 
     def kinds(self) -> dict[str, list[psutil.Process]]:
         """Processes of this state folder by what they are: controller, agent, zygote, rank,
@@ -108,27 +115,30 @@ def _kind(process: psutil.Process) -> str:
 
 
 @contextlib.contextmanager
-def _dtp(home: Path) -> Iterator[Dtp]:
-    dtp = Dtp(home)
+def _dtp() -> Iterator[Dtp]:
+    """The path is short, so that sockets fit in it and command lines name it."""
+    folder = tempfile.mkdtemp(prefix="dtp")
+    dtp = Dtp(Path(folder))
     yield dtp
     left = dtp.processes()
     for process in left:
         with contextlib.suppress(psutil.Error):
             process.send_signal(signal.SIGKILL)
     psutil.wait_procs(left, timeout=10)
+    shutil.rmtree(folder, ignore_errors=True)
 
 
 @pytest.fixture
-def dtp(tmp_path: Path) -> Iterator[Dtp]:
+def dtp() -> Iterator[Dtp]:
     """A state folder in which nothing runs yet."""
-    with _dtp(tmp_path / "home") as dtp:
+    with _dtp() as dtp:
         yield dtp
 
 
 @pytest.fixture(scope="module")
-def warm(tmp_path_factory: pytest.TempPathFactory) -> Iterator[Dtp]:
+def warm() -> Iterator[Dtp]:
     """A state folder that the tests of a file share: its controller and warm process stay."""
-    with _dtp(tmp_path_factory.mktemp("warm") / "home") as dtp:
+    with _dtp() as dtp:
         yield dtp
 
 

@@ -30,7 +30,7 @@ def submit(dtp: Any, job_file: Callable[..., Path], name: str, pace: float) -> t
         nodes=2,
         resources={"cpus": 0.5},
         checkpoint={"every": "10 steps"},
-        retry={"on_errors": 10_000},
+        retry={"on_errors": 1000},
     )
     folder = path.parent / "notes"
     folder.mkdir()
