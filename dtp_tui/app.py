@@ -57,6 +57,11 @@ def _source(arguments: argparse.Namespace) -> Source:
     from dtp_engine.settings import load_settings  # noqa: PLC0415
     from dtp_tui.dashboard import Source  # noqa: PLC0415
 
+    if arguments.demo:
+        from dtp_tui.demo import Demo  # noqa: PLC0415
+
+        demo = Demo()
+        return Source("demo", demo.open, demo.clock.now)
     if arguments.home is not None:
         os.environ["DTP_HOME"] = str(arguments.home)
     settings = load_settings()
@@ -65,8 +70,11 @@ def _source(arguments: argparse.Namespace) -> Source:
 
 def _run(source: Source, job: str | None, *, mouse: bool) -> int:
     from dtp_tui.dashboard import DtpApp  # noqa: PLC0415
+    from dtp_tui.lifeline import Lifeline  # noqa: PLC0415
 
-    app = DtpApp(source, job=job)
+    lifeline = Lifeline(sys.stdin.fileno())
+    lifeline.start()
+    app = DtpApp(source, job=job, lifeline=lifeline)
     app.run(mouse=mouse)
     return app.return_code or 0
 

@@ -8,7 +8,7 @@ import signal
 from collections.abc import Awaitable, Callable
 from dataclasses import dataclass
 from datetime import datetime
-from typing import ClassVar
+from typing import Any, ClassVar
 
 from textual.app import App
 from textual.binding import Binding, BindingType
@@ -21,6 +21,7 @@ from dtp_tui import asking, consequences, crash
 from dtp_tui.commandline import BadCommand, Order, parse, verb_of
 from dtp_tui.feed import TICK_S, Feed, wall_clock
 from dtp_tui.labels import Tone
+from dtp_tui.lifeline import Lifeline
 from dtp_tui.messages import (
     ClusterPicture,
     ClusterPolled,
@@ -49,6 +50,8 @@ THEME = Theme(
     dark=True,
 )
 SIGNALLED = 128
+LEAVE_S = 5.0
+"""From a signal until the process ends, whatever it is doing."""
 
 
 @dataclass(frozen=True, slots=True)
@@ -70,8 +73,12 @@ class DtpApp(App[None]):
         Binding("ctrl+c,ctrl+q", "leave", "Quit", show=False, system=True),
     ]
 
-    def __init__(self, source: Source, *, job: str | None = None) -> None:
+    def __init__(
+        self, source: Source, *, job: str | None = None, lifeline: Lifeline | None = None
+    ) -> None:
         super().__init__()
+        self._lifeline = lifeline
+        self._handlers: dict[signal.Signals, Any] = {}
         self.backend = source.backend
         self.cluster: ClusterPicture | None = None
         self._source = source
@@ -90,6 +97,7 @@ class DtpApp(App[None]):
         self.run_worker(self._connect(), exit_on_error=True)
 
     async def on_unmount(self) -> None:
+        self._restore_signals()
         if self._feeding is not None:
             self._feeding.cancel()
             with contextlib.suppress(asyncio.CancelledError):
@@ -240,13 +248,19 @@ class DtpApp(App[None]):
         self._close_messages_no_wait()
 
     def _catch_signals(self) -> None:
+        """Handlers of the process, not of the loop: the loop may be waiting for the terminal."""
         loop = asyncio.get_running_loop()
-        for number in (signal.SIGTERM, signal.SIGHUP):
-            with contextlib.suppress(NotImplementedError, RuntimeError, ValueError):
-                loop.add_signal_handler(number, self._signalled, number)
 
-    def _signalled(self, number: signal.Signals) -> None:
-        self.exit(return_code=SIGNALLED + number)
+        def leave(number: int, _frame: object) -> None:
+            if self._lifeline is not None:
+                self._lifeline.leave_within(LEAVE_S, SIGNALLED + number)
+            loop.call_soon_threadsafe(self.exit, None, SIGNALLED + number)
+
+        self._handlers = {n: signal.signal(n, leave) for n in (signal.SIGTERM, signal.SIGHUP)}
+
+    def _restore_signals(self) -> None:
+        for number, handler in self._handlers.items():
+            signal.signal(number, handler)
 
 
 _UNDER_WAY = {

@@ -16,6 +16,8 @@ from pathlib import Path
 import psutil
 import pytest
 
+from dtp_tui.lifeline import is_there
+
 pytestmark = pytest.mark.skipif(
     shutil.which("tmux") is None, reason="tmux is not installed: no real terminal to test in"
 )
@@ -92,6 +94,16 @@ def test_it_starts_without_a_job_and_q_gives_the_terminal_back(terminal: Termina
     assert "No jobs yet" not in text
 
 
+def test_the_demo_shows_a_busy_cluster(terminal: Terminal) -> None:
+    """Jobs in many states, at once, with nothing set up; it keeps nothing."""
+    terminal.open("--demo")
+    text = terminal.until("llama-350m")
+    for words in ("Running", "Paused", "Failed", "Succeeded", "resnet50"):
+        assert words in text
+    terminal.press("q")
+    terminal.until(f"{DONE} 0")
+
+
 def test_sigterm_gives_the_terminal_back(terminal: Terminal) -> None:
     """Alternate screen and mouse are off afterwards, the exit code is 128 + 15."""
     terminal.open()
@@ -154,3 +166,12 @@ def test_help_imports_no_textual() -> None:
     )
     ended = subprocess.run([sys.executable, "-c", program], check=False, capture_output=True)
     assert ended.returncode == 0
+
+
+def test_a_vanished_terminal_is_noticed() -> None:
+    """As soon as nobody holds the other end."""
+    ours, theirs = os.openpty()
+    assert is_there(theirs)
+    os.close(ours)
+    assert not is_there(theirs)
+    os.close(theirs)
