@@ -41,8 +41,6 @@ LOOK_AFTER_S = 0.5
 """Workers tell nobody when they change; so they are looked at this often while a job is active."""
 POLL_S = 0.05
 """How often the ledger is asked whether a client wrote to it."""
-PATIENCE_S = 60.0
-"""How long a ledger that refuses every call is tried again."""
 PID_FILE = "controller.pid"
 
 
@@ -85,8 +83,8 @@ class Controller:
         self._clock = clock
         self._keeper = keeper
         self._done_at: dict[tuple[AttemptId, Action], float] = {}
-        self._trouble: dict[str, str] = {}
-        """Job → what went wrong when it was last acted for."""
+        self._wrong: dict[str, str] = {}
+        """What is wrong at the moment, by subject."""
 
     async def sweep(self) -> bool:
         """Look at everything once and do what follows. True while a job is active.
@@ -105,7 +103,7 @@ class Controller:
     async def drive(self, stopping: asyncio.Event, *, idle_s: float) -> None:
         """Until asked to stop, or idle for so long, or another living process drives.
 
-        Raises `LedgerError` when the ledger refuses every call for a minute.
+        Raises `LedgerError` when the ledger refuses every call for so long.
         """
         while not stopping.is_set():
             try:
@@ -117,20 +115,21 @@ class Controller:
                 return
 
     async def _drive(self, stopping: asyncio.Event, idle_s: float) -> None:
-        busy_at = answered_at = self._clock.monotonic()
+        busy_at = self._clock.monotonic()
         while not stopping.is_set():
             now = self._clock.monotonic()
             try:
                 revision = await self._ledger.revision()
                 active = await self._try_to_sweep()
-                busy_at, answered_at = (now if active else busy_at), now
+                busy_at = now if active else busy_at
                 if self._keeper.others_drive or now - busy_at > idle_s:
                     return
                 await self._rest(revision, stopping, LOOK_AFTER_S if active else idle_s)
+                self._wrong.pop("the ledger", None)
             except LedgerError as error:
-                if now - answered_at > PATIENCE_S:
+                self._warn("the ledger", str(error))
+                if now - busy_at > idle_s:
                     raise
-                _log.warning("%s", error)
                 await self._clock.sleep(LOOK_AFTER_S)
 
     async def _try_to_sweep(self) -> bool:
@@ -177,17 +176,27 @@ class Controller:
         if not attempts:
             return Look()
         try:
-            return Look(await self._backend.observe(attempts))
+            look = Look(await self._backend.observe(attempts))
         except DtpError as error:
-            _log.warning("cannot observe: %s", error)
+            self._warn("the backend", str(error))
             return Look(trouble=str(error))
+        self._wrong.pop("the backend", None)
+        return look
 
     async def _capacity(self) -> Capacity | None:
         try:
-            return await self._backend.capacity()
+            capacity = await self._backend.capacity()
         except DtpError as error:
-            _log.warning("cannot ask for the capacity: %s", error)
+            self._warn("the capacity", str(error))
             return None
+        self._wrong.pop("the capacity", None)
+        return capacity
+
+    def _warn(self, subject: str, text: str) -> None:
+        """Logged when it begins, and not again for as long as it lasts."""
+        if self._wrong.get(subject) != text:
+            _log.warning("%s: %s", subject, text)
+            self._wrong[subject] = text
 
     # ----------------------------------------------------------------------- decide, record, do
 
@@ -199,14 +208,19 @@ class Controller:
         try:
             for action in decision.actions:
                 await self._do_once(action, decision)
-            self._trouble.pop(stored.id, None)
         except DtpError as error:
-            _log.warning("job %s: %s", stored.id, error)
-            self._trouble[stored.id] = str(error)
+            self._warn(_acting(stored), str(error))
         except Exception as error:  # noqa: BLE001 - one broken job must not stop the others
-            _log.exception("job %s", stored.id)
-            self._trouble[stored.id] = f"internal error: {error!r}; see the controller's log"
+            self._break_down(_acting(stored), error)
+        else:
+            self._wrong.pop(_acting(stored), None)
         return stored
+
+    def _break_down(self, subject: str, error: Exception) -> None:
+        text = f"internal error: {error!r}; see the controller's log"
+        if self._wrong.get(subject) != text:
+            _log.error("%s", subject, exc_info=error)
+        self._wrong[subject] = text
 
     async def _lease(self) -> Lease:
         """Renewed between jobs as well, so that a long sweep keeps it."""
@@ -224,17 +238,15 @@ class Controller:
             trouble=look.trouble,
             secret=secrets.token_hex(16),
         )
-        trouble = self._trouble.get(case.read.id, "")
         try:
             decision = decide(case.wanted, case.attempt, sight)
+            self._wrong.pop(_deciding(case.read), None)
         except Exception as error:  # noqa: BLE001 - one broken job must not stop the others
-            _log.exception("job %s", case.read.id)
+            self._break_down(_deciding(case.read), error)
             decision = Decision(case.wanted, case.attempt, (), ())
-            trouble = f"internal error: {error!r}; see the controller's log"
         rooms.reserve(case.wanted, _planned(decision.attempt) - _planned(case.placed))
-        if not trouble:
-            return decision
-        return _tell_trouble(decision, trouble, case.read, sight.now)
+        wrong = self._wrong.get(_deciding(case.read)) or self._wrong.get(_acting(case.read))
+        return _tell(decision, wrong, case.read, sight.now) if wrong else decision
 
     async def _record(self, lease: Lease, case: Case, decision: Decision) -> Job:
         """One commit, and none when nothing changed."""
@@ -301,6 +313,14 @@ def _earliest_first(events: tuple[Event, ...]) -> tuple[Event, ...]:
     return tuple(sorted(events, key=lambda event: event.actor != "gang"))
 
 
+def _deciding(job: Job) -> str:
+    return f"deciding for job {job.id}"
+
+
+def _acting(job: Job) -> str:
+    return f"acting for job {job.id}"
+
+
 def _planned(attempt: Attempt | None) -> int:
     return len(attempt.placements) if attempt else 0
 
@@ -315,7 +335,7 @@ def _uncounted(case: Case, look: Look) -> int:
     return sum(placement.worker not in known for placement in planned)
 
 
-def _tell_trouble(decision: Decision, trouble: str, before: Job, now: datetime) -> Decision:
+def _tell(decision: Decision, trouble: str, before: Job, now: datetime) -> Decision:
     """What went wrong stays beside the detail for as long as it does; the timeline has it once."""
     job = decision.job
     if job.state.final:
@@ -381,14 +401,15 @@ def _stopped_by_signals() -> asyncio.Event:
 
 @contextlib.contextmanager
 def _pid_file(path: Path, holder: str) -> Iterator[None]:
-    """For people and scripts; who drives is said by the lease alone."""
+    """For people and scripts; who drives is said by the lease, so a full disk is no matter."""
     host, pid, started = holder.rsplit(":", 2)
     text = json.dumps({"host": host, "pid": int(pid), "started": float(started)}) + "\n"
-    path.write_text(text)
+    with contextlib.suppress(OSError):
+        path.write_text(text)
     try:
         yield
     finally:
-        with contextlib.suppress(FileNotFoundError):
+        with contextlib.suppress(OSError):
             if path.read_text() == text:
                 path.unlink()
 
