@@ -63,6 +63,8 @@ class JobsScreen(Frame):
     def show_jobs(self, picture: ClusterPicture) -> None:
         self.table.show_jobs(picture.jobs, picture.now, wanted=self.wanted)
         self.query_one("#peek").set_class(not picture.jobs, "-empty")
+        if self._peeked is None and self._settling is None:
+            self._settle()
         self.refresh_bindings()
 
     def show_job(self, picture: JobPicture) -> None:
@@ -98,6 +100,7 @@ class JobsScreen(Frame):
         self._settle()
 
     def _peek(self) -> None:
+        self._settling = None
         if self.dtp.front is not self:
             return
         self._peeked = self.table.key if self.has_class("-tall") else None

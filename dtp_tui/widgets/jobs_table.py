@@ -10,25 +10,25 @@ from typing import ClassVar
 from textual.binding import Binding, BindingType
 
 from dtp_engine.engine import JobView
-from dtp_engine.jobs import Job, Reason
+from dtp_engine.jobs import Job, JobState, Reason
 from dtp_engine.series import sparkline
 from dtp_trainer import wire
 from dtp_tui import labels
-from dtp_tui.labels import STATES, Tone
+from dtp_tui.labels import Tone
 from dtp_tui.widgets.log_buffer import matcher
 from dtp_tui.widgets.spans import Span, label_span
 from dtp_tui.widgets.table import Column, LineTable, Row
 
 COLUMNS = (
     Column("NAME", 12, grow=3),
-    Column("STATE", 15, grow=2),
+    Column("STATE", 14, grow=2),
     Column("WORKERS", 7, right=True),
     Column("STEP", 11, grow=1, right=True),
     Column("RATE", 8, right=True, rank=1),
     Column("TREND", 8, rank=2),
     Column("USE", 8, right=True, rank=4),
     Column("MEMORY", 9, right=True, rank=5),
-    Column("CKPT", 5, right=True, rank=1),
+    Column("CKPT", 6, right=True, rank=1),
     Column("RAN", 6, right=True, rank=6),
     Column("REASON", 16, grow=8, rank=7),
 )
@@ -84,11 +84,11 @@ def job_row(view: JobView, now: datetime) -> Row:
             label_span(labels.headline(job, gang)),
             Span(labels.workers(job, gang), _workers_tone(view)),
             _step(gang),
-            Span(labels.throughput(live), ended_or_paused),
+            Span(rate(live), ended_or_paused),
             Span(sparkline(live.trend) if live else "", Tone.BUSY),
             usage(live),
             Span(labels.size(memory(live)), ended_or_paused),
-            Span(labels.age(view.checkpoint.at if view.checkpoint else None, now), Tone.QUIET),
+            Span(age(view.checkpoint, now), Tone.QUIET),
             Span(labels.elapsed(job, now), Tone.QUIET),
             Span(labels.why(job), why_tone(job)),
         ),
@@ -97,7 +97,25 @@ def job_row(view: JobView, now: datetime) -> Row:
 
 def why_tone(job: Job) -> Tone:
     """What was asked for is no reason to worry."""
-    return Tone.QUIET if job.reason is Reason.USER else STATES[job.state].tone
+    if job.reason is Reason.USER:
+        return Tone.QUIET
+    return Tone.BAD if job.state is JobState.FAILED else Tone.WARN
+
+
+def age(checkpoint: wire.CheckpointEntry | None, now: datetime) -> str:
+    """In whole seconds: a table is looked at, not measured with."""
+    if checkpoint is None:
+        return labels.UNKNOWN
+    passed = max(0.0, now.timestamp() - checkpoint.at)
+    return f"{passed:.0f}s" if passed < 10 else labels.duration(passed)
+
+
+def rate(gang: wire.Gang | None) -> str:
+    """Tokens a second where the job counts them, else samples."""
+    if gang is None:
+        return labels.UNKNOWN
+    number = gang.tokens_per_s if gang.tokens_per_s is not None else gang.samples_per_s
+    return labels.UNKNOWN if number is None else f"{labels.count(number)}/s"
 
 
 def _step(gang: wire.Gang | None) -> Span:

@@ -319,18 +319,19 @@ def fold(
 
 
 def sparkline(values: Sequence[float], width: int = 8) -> str:
-    """The newest `width` values as text; a flat line is drawn in the middle, nothing as "".
+    """The newest `width` values as text. Noise is not blown up: the whole height is at least a
+    quarter of the highest value.
 
-    >>> sparkline([1, 2, 3, 4])
-    '▁▃▆█'
+    >>> sparkline([1, 2, 3, 4]), sparkline([100, 101, 100])
+    ('▁▃▆█', '▄▅▄')
     """
     finite = [value for value in values[-width:] if math.isfinite(value)]
     if not finite:
         return ""
     low, high = min(finite), max(finite)
-    if high - low <= abs(high) * 1e-3:
-        return "▄" * len(finite)
-    return "".join("▁▂▃▄▅▆▇█"[round((value - low) / (high - low) * 7)] for value in finite)
+    height = max(high - low, abs(high) * 0.25) or 1.0
+    middle = (low + high) / 2
+    return "".join("▁▂▃▄▅▆▇█"[round(3.5 + (value - middle) / height * 7)] for value in finite)
 
 
 def _buckets(

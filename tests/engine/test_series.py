@@ -158,8 +158,8 @@ def test_an_unknown_name_is_an_empty_series() -> None:
 
 
 def test_a_sparkline_shows_the_shape() -> None:
-    """Eight levels, flat in the middle, nothing for nothing."""
+    """Eight levels, calm for noise, nothing for nothing."""
     assert sparkline([1, 2, 3, 4]) == "▁▃▆█"
-    assert sparkline([5.0, 5.0, 5.001]) == "▄▄▄"
+    assert sparkline([5.0, 5.0, 5.0]) == "▅▅▅"
     assert sparkline([]) == ""
     assert len(sparkline(list(range(100)))) == 8
