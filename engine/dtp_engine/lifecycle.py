@@ -243,10 +243,21 @@ def _see_off(turn: Turn, ended_at: datetime) -> None:
 
 
 def _starts_too_late(turn: Turn) -> bool:
+    since = _silent_since(turn)
+    late = turn.job.spec.watchdog.start_within + START_MARGIN
+    return since is not None and turn.now > since + late
+
+
+def _silent_since(turn: Turn) -> datetime | None:
+    """From when on there are workers, but no gang: none has formed in the attempt yet, or nobody
+    who is here has ever been a member of it."""
     assert turn.attempt is not None
-    if turn.job.state is not JobState.STARTING or _ranks_run(turn.status):
-        return False
-    return turn.now > turn.attempt.created_at + turn.job.spec.watchdog.start_within + START_MARGIN
+    if turn.job.state is JobState.STARTING:
+        return None if _ranks_run(turn.status) else turn.attempt.created_at
+    members = {member.worker for member in turn.status.members} if turn.status else set()
+    if turn.status is None or any(p.worker in members for p in turn.present):
+        return None
+    return max(p.ended_at or p.planned_at for p in turn.placements)
 
 
 def _is_preempted_too_often(job: Job) -> bool:

@@ -120,9 +120,8 @@ class Row:
     kill: bool = False
 
     def __str__(self) -> str:
-        seen = self.workers.liveness.lower() if self.workers else "none"
-        kill = "-kill" if self.kill else ""
-        return f"{self.state}-{self.intent}{kill}-room{self.room.workers}-{seen}"
+        seen = self.workers.liveness if self.workers else "none"
+        return f"{self.state}-{self.intent}-{seen}" + "-kill" * self.kill
 
 
 POLITE, AT_ONCE = Stop((0, 1), GRACE), Stop((0, 1), timedelta())
@@ -238,12 +237,6 @@ def test_job_starts_with_what_fits_if_that_is_enough() -> None:
     assert decision.actions == (Launch((0, 1, 2)),)
 
 
-def test_job_that_does_not_fit_says_what_is_missing() -> None:
-    """The reader sees what it needs and what there is."""
-    job = run(make_job(S.QUEUED), None, room=FULL).job
-    assert (job.reason, job.detail) == (Reason.NO_CAPACITY, FULL.detail)
-
-
 def test_planned_worker_that_was_never_seen_is_launched_again() -> None:
     """Launching is idempotent, so a lost launch costs nothing."""
     job = make_job(S.STARTING)
@@ -278,6 +271,21 @@ def test_gang_that_never_forms_is_stopped_and_tried_again() -> None:
     assert stopped.actions == (POLITE,)
     after = run(stopped.job, see([exited(137)] * 2), attempt=stopped.attempt)
     assert (after.job.state, after.job.reason) == (S.QUEUED, Reason.RETRYING)
+
+
+def test_silent_workers_are_stopped_when_the_gang_before_them_is_gone() -> None:
+    """Also in a job that ran: nobody is left who could form a gang."""
+    job = make_job(S.RUNNING)
+    attempt = make_attempt(job)
+    assert attempt is not None
+    silent = NOW - SPEC.watchdog.start_within - START_MARGIN - timedelta(seconds=1)
+    gone = replace(attempt.placements[0], state=PlacementState.GONE, ended_at=silent, exit_code=137)
+    later = (replace(attempt.placements[1], worker=n, planned_at=silent) for n in (1, 2))
+    attempt = replace(attempt, placements=(gone, *later))
+    told = status(members=(wire.Member(0, "h", 1, 0, leaving=False),))
+    decision = run(job, see({1: ALIVE, 2: ALIVE}, told), attempt=attempt)
+    assert decision.actions == (Stop((1, 2), GRACE),)
+    assert decision.job.reason is Reason.START_TIMEOUT
 
 
 # -------------------------------------------------------------------------------------- scaling
