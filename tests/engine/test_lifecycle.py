@@ -210,13 +210,10 @@ def test_every_change_of_state_is_told_once(row: Row) -> None:
     job = make_job(row.state, row.intent, kill=row.kill)
     gang = see([row.workers, row.workers]) if row.workers else None
     decision = run(job, gang, room=row.room)
-    at = str(job.state)
-    for event in decision.events:
-        if event.name == "state":
-            before, after = event.text.partition(":")[0].split(" → ")
-            assert before == at
-            at = after
-    assert at == decision.job.state
+    told = [e.text.partition(":")[0].split(" → ") for e in decision.events if e.name == "state"]
+    path = [job.state, *(after for _, after in told)]
+    assert [before for before, _ in told] == path[:-1]
+    assert path[-1] == decision.job.state
 
 
 # -------------------------------------------------------------------------------------- placing
