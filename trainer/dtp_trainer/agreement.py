@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import time
+from collections.abc import Callable
 from dataclasses import dataclass
 from enum import IntEnum
 
@@ -23,33 +24,62 @@ class Leave(IntEnum):
 
 @dataclass(frozen=True, slots=True)
 class Decision:
-    """What all ranks do after the step."""
+    """What a rank wishes, or what all ranks do, after a step."""
 
     leave: Leave = Leave.NO
     checkpoint: bool = False
 
 
 class Agreement:
-    """One small reduction about every 50 ms, not every step. Its own result says after how many
-    steps the next one is, so the ranks, which count the same steps, always meet."""
+    """One small reduction about every 50 ms, not every step.
+
+    It runs beside the next step, after which all ranks act on it; so nobody waits for the slowest
+    rank just to be told that nothing is wanted. Its own result says after how many steps the next
+    one is: the ranks, which count the same steps, always meet.
+    """
 
     def __init__(self, world: World, step: int) -> None:
         self._world = world
         self._asked_step, self._asked_at = step, time.perf_counter()
         self._next_step = step + 1
+        self._answer: Callable[[], list[int]] | None = None
 
-    def due(self, step: int) -> bool:
-        return step >= self._next_step
+    def decide(self, step: int, wish: Callable[[], Decision]) -> Decision:
+        """The strongest wish of any rank when it was last asked; often nothing was asked. Every
+        rank calls it after every step."""
+        decided = self._heard()
+        if decided.leave is Leave.NO and step >= self._next_step:
+            self._ask(step, wish(), decided)
+        return decided
 
-    def reach(self, step: int, wish: Decision) -> Decision:
-        """The strongest of all ranks' wishes; a collective, for every rank after the same step."""
-        answer = [int(wish.leave), int(wish.checkpoint), self._proposal(step)]
-        leave, checkpoint, interval = self._world.maximum(answer)
+    def decide_now(self, step: int, wish: Callable[[], Decision]) -> Decision:
+        """The strongest wish of any rank at this moment; waits for the slowest one."""
+        before = self._heard()
+        self._ask(step, wish(), before)
+        now = self._heard()
+        checkpoint = before.checkpoint or now.checkpoint
+        return Decision(max(before.leave, now.leave), checkpoint)
+
+    def settle(self) -> None:
+        """Nothing of it is under way any more; what was asked last is forgotten."""
+        self._heard()
+
+    def _ask(self, step: int, wish: Decision, decided: Decision) -> None:
+        """A checkpoint that is just decided is not wished again."""
+        checkpoint = wish.checkpoint and not decided.checkpoint
+        proposal = [int(wish.leave), int(checkpoint), self._interval(step)]
         self._asked_step, self._asked_at = step, time.perf_counter()
-        self._next_step = step + interval
+        self._answer = self._world.maximum_later(proposal)
+
+    def _heard(self) -> Decision:
+        if self._answer is None:
+            return Decision()
+        leave, checkpoint, interval = self._answer()
+        self._answer = None
+        self._next_step = self._asked_step + interval
         return Decision(Leave(leave), bool(checkpoint))
 
-    def _proposal(self, step: int) -> int:
+    def _interval(self, step: int) -> int:
         steps = step - self._asked_step
         if steps <= 0:
             return 1

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import os
+from collections.abc import Callable
 from dataclasses import dataclass
 from datetime import timedelta
 from typing import Any
@@ -33,11 +34,20 @@ class World:
 
     def maximum(self, values: list[int]) -> list[int]:
         """Element-wise over all ranks; a collective."""
+        return self.maximum_later(values)()
+
+    def maximum_later(self, values: list[int]) -> Callable[[], list[int]]:
+        """As `maximum`, begun now; the result is waited for when it is called for."""
         if self.agreement is None:
-            return values
+            return lambda: values
         vector = torch.tensor(values, dtype=torch.int64)
-        dist.all_reduce(vector, op=dist.ReduceOp.MAX, group=self.agreement)
-        return [int(value) for value in vector.tolist()]
+        work = dist.all_reduce(vector, op=dist.ReduceOp.MAX, group=self.agreement, async_op=True)
+
+        def result() -> list[int]:
+            work.wait()
+            return [int(value) for value in vector.tolist()]
+
+        return result
 
     def sum(self, values: Tensor) -> Tensor:
         """Over all ranks, on the CPU; a collective."""

@@ -94,17 +94,16 @@ class Keeper:
 
     # --------------------------------------------------------------------------- at a step's end
 
-    def decide(self, step: int, *, boundary: bool) -> Decision:
-        """What all ranks do after `step`; `boundary` (an epoch's end, the last step) must be the
-        same on all of them, and has them agree out of turn."""
-        counted = bool(self._every_steps) and step % (self._every_steps or 1) == 0
-        if not (boundary or counted or self._agreement.due(step)):
-            return Decision()
-        return self._agreement.reach(step, Decision(self._leave(), counted or self._timed()))
+    def decide(self, step: int, *, epoch_end: bool, last: bool) -> Decision:
+        """What all ranks do after `step`. At an epoch's end, where a checkpoint is due by count,
+        and after the last step, which is always kept, they agree at once."""
+        keep = last or (bool(self._every_steps) and step % (self._every_steps or 1) == 0)
+        decide = self._agreement.decide_now if keep or epoch_end else self._agreement.decide
+        return decide(step, lambda: Decision(self._leave(), keep or self._timed()))
 
     def leave_now(self, step: int) -> Leave:
-        """Agree out of turn whether to leave; every rank calls it at the same place."""
-        return self._agreement.reach(step, Decision(self._leave())).leave
+        """Agree at once whether to leave; every rank calls it at the same place."""
+        return self._agreement.decide_now(step, lambda: Decision(self._leave())).leave
 
     def _leave(self) -> Leave:
         if self._fenced:
@@ -125,6 +124,7 @@ class Keeper:
 
     def commit(self, step: int, snapshot: Callable[[], Snapshot]) -> Kept:
         """Until what was trained is in a committed checkpoint, on the word of all ranks."""
+        self._agreement.settle()
         kept = self._agreed(self._saver.wait)
         if kept is Kept.FENCED or (kept is Kept.YES and step == self._saved_step):
             return kept

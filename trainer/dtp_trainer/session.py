@@ -231,11 +231,12 @@ class Session:
     def _decide(self) -> Decision:
         if self._keeper is None:
             return Decision()
-        ended = self._course is not None and (
-            self._course.ends_epoch(self.global_step)
-            or self.global_step == self._course.total_steps
+        step, planned = self.global_step, self._course
+        return self._keeper.decide(
+            step,
+            epoch_end=planned is not None and planned.ends_epoch(step),
+            last=planned is not None and step == planned.total_steps,
         )
-        return self._keeper.decide(self.global_step, boundary=ended)
 
     def _checkpoint(self, decision: Decision) -> None:
         if self._keeper is None or decision.leave is not Leave.NO:
