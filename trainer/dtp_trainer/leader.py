@@ -12,6 +12,7 @@ from collections.abc import Callable, Coroutine
 from typing import assert_never
 
 from dtp_trainer import gang, heads, links, steady
+from dtp_trainer.contacts import Contacts
 from dtp_trainer.gang_state import (
     Committed,
     DismissWorker,
@@ -32,7 +33,6 @@ from dtp_trainer.gang_state import (
     Tick,
     Unprepared,
 )
-from dtp_trainer.links import Link
 from dtp_trainer.messages import (
     AskPort,
     Dismiss,
@@ -40,8 +40,8 @@ from dtp_trainer.messages import (
     Hello,
     Kill,
     Leaving,
+    Message,
     Port,
-    Pulse,
     RankExited,
     RanksGone,
     Start,
@@ -51,8 +51,6 @@ from dtp_trainer.office import Deposed, Office, raise_fence, unseen
 from dtp_trainer.storage import Storage, StorageError
 from dtp_trainer.wire import ExitCode, GangEvent, Launch
 
-PULSE_S = 1.0
-LOST_AFTER_S = 5.0
 PUBLISH_EVERY_S = 1.0
 ANSWER_S = 5.0
 GOODBYE_S = 3.0
@@ -93,20 +91,19 @@ class Leader:
         self._launch, self._storage, self._office = launch, storage, office
         self._announce = announce
         self._state = state
-        self._links: dict[int, Link] = {}
+        self._contacts = Contacts(hear=self._hear, lost=lambda worker: self._feed(Lost(worker)))
         self._ports: dict[int, asyncio.Future[int]] = {}
         self._tasks: set[asyncio.Task[None]] = set()
         self._timer: asyncio.TimerHandle | None = None
         self._over = asyncio.Event()
         self._news = asyncio.Event()
-        self._parting = asyncio.Condition()
         self._told = told
 
     async def run(self, server: asyncio.Server) -> None:
         """`server` hands its connections to `welcome`; it is closed at the end."""
         self._tell_news()
         self._spawn(self._publish_always())
-        self._spawn(self._keep_contact())
+        self._spawn(self._contacts.keep())
         self._set_timer()
         try:
             await self._over.wait()
@@ -117,8 +114,7 @@ class Leader:
             for task in self._tasks:
                 task.cancel()
             await asyncio.gather(*self._tasks, return_exceptions=True)
-            for link in self._links.values():
-                link.close()
+            self._contacts.close()
 
     # ------------------------------------------------------------------------------------- members
 
@@ -137,25 +133,10 @@ class Leader:
             return
         hello = await link.receive()
         if isinstance(hello, Hello) and not self._over.is_set():
-            await self._listen(link, hello)
+            await self._contacts.listen(link, hello)
         link.close()
 
-    async def _listen(self, link: Link, hello: Hello) -> None:
-        worker = hello.worker
-        if (old := self._links.get(worker)) is not None:
-            old.abort()
-            self._feed(Lost(worker))
-        self._links[worker] = link
-        self._feed(Said(worker, hello))
-        while (message := await link.receive()) is not None and self._links.get(worker) is link:
-            await self._hear(worker, message)
-        if self._links.get(worker) is link:
-            del self._links[worker]
-            self._feed(Lost(worker))
-        async with self._parting:
-            self._parting.notify_all()
-
-    async def _hear(self, worker: int, message: object) -> None:
+    async def _hear(self, worker: int, message: Message) -> None:
         match message:
             case Port(ticket, port):
                 waiting = self._ports.get(ticket)
@@ -169,20 +150,6 @@ class Leader:
                 self._feed(Said(worker, message))
             case _:
                 log.warning("worker %d sent a message that is the leader's to send", worker)
-
-    async def _keep_contact(self) -> None:
-        """Pulses out; whoever was silent for too long is lost."""
-        while True:
-            slept_at = steady.now()
-            await asyncio.sleep(PULSE_S)
-            for link in self._links.values():
-                link.send(Pulse())
-            if steady.now() - slept_at > 2 * PULSE_S:
-                continue  # This process stood still: what they sent meanwhile is not read yet.
-            for worker, link in list(self._links.items()):
-                if steady.now() - link.heard_at > LOST_AFTER_S:
-                    log.warning("worker %d was silent for %.0f s", worker, LOST_AFTER_S)
-                    link.abort()
 
     # ---------------------------------------------------------------------------- decide, then do
 
@@ -217,27 +184,22 @@ class Leader:
             case Prepare():
                 self._spawn(self._prepare(output))
             case StartSeat():
-                self._send(output.seat.worker, _start_of(output))
+                self._contacts.send(output.seat.worker, _start_of(output))
             case DrainRanks(worker, generation):
-                self._send(worker, Drain(generation))
+                self._contacts.send(worker, Drain(generation))
             case KillRanks(worker, generation):
-                self._send(worker, Kill(generation))
+                self._contacts.send(worker, Kill(generation))
             case DismissWorker(worker, code, reason):
-                self._send(worker, Dismiss(code, reason))
+                self._contacts.send(worker, Dismiss(code, reason))
             case Drop(worker):
-                if link := self._links.pop(worker, None):
-                    link.abort()
+                self._contacts.drop(worker)
             case End(code, reason):
-                self._spawn(self._say_goodbye(Dismiss(code, reason), {*self._links}))
+                self._spawn(self._say_goodbye(Dismiss(code, reason), self._contacts.workers))
             case Resign(reason):
                 farewell = Dismiss(ExitCode.PAUSED, reason)
                 self._spawn(self._say_goodbye(farewell, {self._state.me}))
             case _:
                 assert_never(output)
-
-    def _send(self, worker: int, message: AskPort | Start | Drain | Kill | Dismiss) -> None:
-        if link := self._links.get(worker):
-            link.send(message)
 
     async def _prepare(self, order: Prepare) -> None:
         """The fence, a port and the proof that this worker still leads, all at once."""
@@ -257,7 +219,7 @@ class Leader:
 
     async def _ask_port(self, order: Prepare) -> int:
         self._ports[order.ticket] = asyncio.get_running_loop().create_future()
-        self._send(order.worker, AskPort(order.ticket))
+        self._contacts.send(order.worker, AskPort(order.ticket))
         try:
             async with asyncio.timeout(ANSWER_S):
                 return await self._ports[order.ticket]
@@ -275,10 +237,8 @@ class Leader:
             self._abdicate()
             return
         for worker in workers:
-            self._send(worker, farewell)
-        with contextlib.suppress(TimeoutError):
-            async with asyncio.timeout(GOODBYE_S), self._parting:
-                await self._parting.wait_for(lambda: not self._links.keys() & workers)
+            self._contacts.send(worker, farewell)
+        await self._contacts.parted(workers, GOODBYE_S)
         self._over.set()
 
     # ---------------------------------------------------------------------------------- publishing
