@@ -45,7 +45,7 @@ class Ending:
     words: str
     """One line for people."""
     code: int | None = None
-    """What a caller of the job sees as its exit code, when it failed."""
+    """Of the failing rank, with FAILED."""
 
 
 _BY_CODE = {
@@ -154,8 +154,7 @@ def _by_code(code: int, detail: str, *, asked: bool) -> Ending:
     kind, words = _BY_CODE[ExitCode(code)]
     if asked and kind is End.LEFT:
         return Ending(End.STOPPED, detail or words)
-    failed = kind in (End.SETUP_FAILED, End.HANG, End.MAX_DURATION)
-    return Ending(kind, detail or f"the gang {words}", code if failed else None)
+    return Ending(kind, detail or f"the gang {words}")
 
 
 def _leaving(attempt: Attempt) -> str:

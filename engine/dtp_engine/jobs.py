@@ -17,7 +17,7 @@ class JobState(StrEnum):
     PROVISIONING = "PROVISIONING"
     """Capacity was asked for."""
     STARTING = "STARTING"
-    """Workers are launched; no step (or first output of a script without `Session`) yet."""
+    """Workers are launched; their ranks do not run yet."""
     RUNNING = "RUNNING"
     STOPPING = "STOPPING"
     """Every worker was asked to leave; what follows is read from the intent."""
