@@ -40,8 +40,11 @@ def refusal(verb: Verb, job: Job) -> str | None:
 
 
 def pause(view: JobView, now: datetime) -> Consequence:
+    title = f"Pause {view.job.name}?"
+    if not _is_placed(view.job):
+        return Consequence(title, ("It holds no machine, and will not ask for one.",), "Pause")
     return Consequence(
-        f"Pause {view.job.name}?",
+        title,
         (
             f"{_present(view)} write a checkpoint at the next step and leave;",
             "their machines become free.",
@@ -54,9 +57,13 @@ def pause(view: JobView, now: datetime) -> Consequence:
 
 
 def stop(view: JobView, now: datetime) -> Consequence:
+    title = f"Stop {view.job.name} for good?"
     grace = labels.span(view.job.spec.stop_grace)
+    if not _is_placed(view.job):
+        ends = "It holds no machine. The job ends as Cancelled; its checkpoints are kept."
+        return Consequence(title, (ends, "", _since_checkpoint(view, now)), "Stop")
     return Consequence(
-        f"Stop {view.job.name} for good?",
+        title,
         (
             f"{_present(view)} get {grace} for a last checkpoint, then they are ended.",
             "The job ends as Cancelled; its checkpoints are kept.",
@@ -97,6 +104,10 @@ def scale(view: JobView, workers: int) -> Consequence:
     if not job.active:
         return Consequence(title, ("Its next attempt will have that many.",), "Scale")
     return Consequence(title, (_by(workers - job.workers), _seam(view)), "Scale")
+
+
+def _is_placed(job: Job) -> bool:
+    return job.state in (JobState.STARTING, JobState.RUNNING, JobState.STOPPING)
 
 
 def _by(more: int) -> str:

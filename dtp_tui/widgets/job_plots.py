@@ -16,7 +16,7 @@ from dtp_tui.widgets.workers_table import seconds
 
 WINDOWS_S = (60.0, 300.0, 900.0, 3600.0, 6 * 3600.0)
 """Choices of how much of the past the charts show; beyond them, all of it."""
-_WITHOUT_STEPS = "no steps yet: a script reports them with dtp_trainer.session"
+_WITHOUT_STEPS = "no steps reported"
 
 
 @dataclass(frozen=True, slots=True)
@@ -113,8 +113,8 @@ def _throughput(history: MetricHistory, ground: _Ground) -> Plot:
     name, unit = "tokens_per_s", "tok/s"
     if history.last(name) is None:
         name, unit = "samples_per_s", "samples/s"
-    newest = f"{labels.count(history.last(name))} {unit}"
-    curves = [("", history.series(name), newest)]
+    newest = history.last(name)
+    curves = [("", history.series(name), f"{labels.count(newest)} {unit}")] if newest else []
     return _plot(ground, "Throughput", curves, labels.count, from_zero=True)
 
 

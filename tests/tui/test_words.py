@@ -42,6 +42,14 @@ def test_stopping_says_that_it_is_for_good(given: SimpleNamespace) -> None:
     assert "checkpoints are kept" in "\n".join(consequence.lines)
 
 
+def test_what_holds_no_machine_is_told_so(given: SimpleNamespace) -> None:
+    """A queued or paused job has no workers that could checkpoint."""
+    queued = given.job_view(state=JobState.QUEUED, step=None)
+    assert "holds no machine" in consequences.pause(queued, given.now).lines[0]
+    paused = given.job_view(state=JobState.PAUSED)
+    assert "holds no machine" in consequences.stop(paused, given.now).lines[0]
+
+
 def test_resuming_from_an_older_checkpoint_says_what_is_trained_again(
     given: SimpleNamespace,
 ) -> None:
