@@ -33,8 +33,14 @@ class Course:
         return self.lanes.state(self.lanes.at_step(step))
 
 
-def plan(lanes: Lanes, epochs: int | None, steps: int | None) -> Course:
-    """Raises ValueError when neither is given."""
+def plan(lanes: Lanes, world_size: int, *, epochs: int | None, steps: int | None) -> Course:
+    """Training ends after `epochs` or `steps`, whichever is less.
+
+    Raises:
+        SamplerError: so many ranks cannot share the global batch.
+        ValueError: neither end is given.
+    """
+    lanes.check_world_size(world_size)
     ends = [steps] if steps is not None else []
     if epochs is not None:
         ends.append(epochs * lanes.steps_per_epoch)

@@ -130,7 +130,13 @@ class Session:
             ahead: Batches fetched in advance by a thread. 0: a dataset that draws from the global
                 random generators repeats exactly only then.
         """
-        self._course = self._plan(dataset, global_batch, seed, epochs=epochs, steps=steps)
+        if self._course is not None:
+            raise RuntimeError("call session.batches() once; it goes through all epochs")
+        with _fitting():
+            lanes = Lanes(len(dataset), global_batch, seed)
+            self._course = course.plan(lanes, self.world_size, epochs=epochs, steps=steps)
+            if self._loaded is not None and self._loaded.data_state:
+                lanes.position(self._loaded.data_state)
         self._leave_if_asked()
         if self._loaded is not None:
             self._state.load_random(self._loaded)
@@ -208,26 +214,6 @@ class Session:
             generation = self._loaded.entry.generation
             say(f"resumed from step {self.global_step} of generation {generation}")
 
-    def _plan(
-        self,
-        dataset: Dataset,
-        global_batch: int,
-        seed: int,
-        *,
-        epochs: int | None,
-        steps: int | None,
-    ) -> course.Course:
-        if self._course is not None:
-            raise RuntimeError("call session.batches() once; it goes through all epochs")
-        try:
-            lanes = Lanes(len(dataset), global_batch, seed)
-            lanes.check_world_size(self.world_size)
-            if self._loaded is not None and self._loaded.data_state:
-                lanes.position(self._loaded.data_state)
-        except SamplerError as error:
-            raise SessionError(str(error)) from None
-        return course.plan(lanes, epochs, steps)
-
     def _decide(self) -> Decision:
         if self._keeper is None:
             return Decision()
@@ -295,6 +281,14 @@ class Session:
         self._world.leave()
         if kept is Kept.NO:
             raise SessionError(f"what was trained up to step {self.global_step} could not be kept")
+
+
+@contextlib.contextmanager
+def _fitting() -> Iterator[None]:
+    try:
+        yield
+    except SamplerError as error:
+        raise SessionError(str(error)) from None
 
 
 @contextlib.contextmanager
