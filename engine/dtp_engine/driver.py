@@ -34,9 +34,14 @@ class Driver:
 
 
 def holder_name(pid: int) -> str:
-    """``host:pid:start-time`` of a process on this machine; a reused pid makes another name."""
-    started = psutil.Process(pid).create_time()
-    return f"{socket.gethostname()}:{pid}:{started:.2f}"
+    """``host:pid:start-time`` of a process on this machine; a reused pid makes another name.
+
+    Raises `psutil.NoSuchProcess`, for a dead process that nobody has waited for as well.
+    """
+    process = psutil.Process(pid)
+    if process.status() == psutil.STATUS_ZOMBIE:
+        raise psutil.NoSuchProcess(pid)
+    return f"{socket.gethostname()}:{pid}:{process.create_time():.2f}"
 
 
 def pid_of(holder: str) -> int | None:
