@@ -135,3 +135,11 @@ def test_finishing_twice_is_finishing_once(steps: Path) -> None:
         running.log(final=1.0)
         running.finish()
     assert [dict(record.values) for record in records(steps)][-2:] == [{}, {"final": 1.0}]
+
+
+def test_every_public_name_of_a_session_is_documented() -> None:
+    """`docs/session.md` mentions each of them."""
+    text = (Path(__file__).parents[2] / "docs" / "session.md").read_text()
+    names = {name for name in vars(Session) if not name.startswith("_")}
+    assert names >= {"batches", "step", "finish"}
+    assert not [name for name in names if f"session.{name}" not in text]
