@@ -64,13 +64,18 @@ _CLEAN = (ExitCode.PAUSED, ExitCode.FENCED)
 
 
 def read_ending(
-    attempt: Attempt, status: wire.Gang | None, *, asked: bool, preempted: bool
+    attempt: Attempt,
+    status: wire.Gang | None,
+    *,
+    asked: bool,
+    preempted: bool,
+    last_words: str = "",
 ) -> Ending:
     """What became of an attempt without workers.
 
     The gang's own last word counts; exit codes stand in when it left none. `asked`: the controller
     had asked every worker to leave. `preempted`: the last ones went because the platform took their
-    machines back.
+    machines back. `last_words`: what the platform says of the last one's end.
     """
     if status is not None and status.phase == wire.GangPhase.ENDED and status.outcome is not None:
         return _by_code(status.outcome, status.detail, asked=asked)
@@ -82,20 +87,21 @@ def read_ending(
         return Ending(End.STOPPED, _leaving(attempt))
     if preempted:
         return Ending(End.PREEMPTED, "the platform took the machines back")
-    return _unasked(attempt)
+    return _unasked(attempt, last_words)
 
 
-def _unasked(attempt: Attempt) -> Ending:
+def _unasked(attempt: Attempt, last_words: str) -> Ending:
     unasked = [p for p in attempt.placements if p.stop_at is None] or list(attempt.placements)
     codes = {placement.exit_code for placement in unasked}
     if ExitCode.SETUP_FAILED in codes and attempt.running_at is None:
-        return _by_code(ExitCode.SETUP_FAILED, "", asked=False)
+        return _by_code(ExitCode.SETUP_FAILED, last_words, asked=False)
     if ExitCode.NO_GANG in codes:
         return Ending(End.NO_GANG, "the workers did not find each other in time")
     if codes == {ExitCode.PAUSED}:
         return Ending(End.LEFT, "the workers left after a checkpoint, unasked")
     last = max(unasked, key=lambda p: (p.ended_at or p.planned_at, p.worker))
-    return Ending(End.LOST, f"every worker is lost; the last one {exit_words(last.exit_code)}")
+    how = f"is gone: {last_words}" if last_words else exit_words(last.exit_code)
+    return Ending(End.LOST, f"every worker is lost; the last one {how}")
 
 
 def is_telling(code: int | None) -> bool:

@@ -294,6 +294,7 @@ def _ending(turn: Turn) -> Ending:
         turn.status,
         asked=turn.job.state is JobState.STOPPING,
         preempted=bool(taken) and all(taken),
+        last_words=turn.gone_now[-1].detail if turn.gone_now else "",
     )
     if ending.kind is End.STOPPED and turn.job.reason is Reason.START_TIMEOUT:
         return Ending(End.NO_GANG, "the workers did not start in time")

@@ -148,3 +148,10 @@ def test_machines_that_were_taken_back_are_no_loss() -> None:
     """The platform's reason counts more than the codes."""
     ending = read_ending(gone(137, 137), None, asked=False, preempted=True)
     assert ending.kind is End.PREEMPTED
+
+
+def test_what_the_platform_says_of_the_last_worker_is_passed_on() -> None:
+    """Why a set-up failed is known to nobody else."""
+    attempt = gone(80, ran=False)
+    ending = read_ending(attempt, None, asked=False, preempted=False, last_words="no secret TOKEN")
+    assert (ending.kind, ending.words) == (End.SETUP_FAILED, "no secret TOKEN")
