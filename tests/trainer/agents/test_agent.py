@@ -92,6 +92,19 @@ def test_missing_command(job: Job) -> None:
     assert "no-such-program" in worker.exit()["reason"]
 
 
+def test_error_file_of_torchelastic(job: Job) -> None:
+    """The cause that a script recorded the way torchrun asks for is the failure's name."""
+    (job.work / "record.py").write_text(
+        "import json, os, sys\n"
+        "with open(os.environ['TORCHELASTIC_ERROR_FILE'], 'w') as file:\n"
+        "    json.dump({'message': {'message': 'KeyError: lr\\nmore'}}, file)\n"
+        "sys.exit(4)\n"
+    )
+    (worker,) = job.train(1, command=["python", "record.py"], error_budget=0)
+    assert worker.ended() == 4
+    assert worker.exit()["reason"] == "rank 0 failed: KeyError: lr"
+
+
 def test_long_and_binary_lines(job: Job) -> None:
     """A line of a megabyte is cut with a note, binary is decoded, and all lines stay parsable."""
     (job.work / "noise.py").write_text(
