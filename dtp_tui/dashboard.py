@@ -10,6 +10,7 @@ from dataclasses import dataclass
 from datetime import datetime
 from typing import Any, ClassVar
 
+from rich.text import Text
 from textual.app import App
 from textual.binding import Binding, BindingType
 from textual.theme import Theme
@@ -50,6 +51,8 @@ THEME = Theme(
     dark=True,
 )
 SIGNALLED = 128
+CLOSE_S = 2.0
+"""An engine that does not answer is not waited for: the terminal is given back."""
 LEAVE_S = 5.0
 """From a signal until the process ends, whatever it is doing."""
 
@@ -103,7 +106,9 @@ class DtpApp(App[None]):
             with contextlib.suppress(asyncio.CancelledError):
                 await self._feeding
         if self._engine is not None:
-            await self._engine.aclose()
+            with contextlib.suppress(TimeoutError):
+                async with asyncio.timeout(CLOSE_S):
+                    await self._engine.aclose()
 
     # -------------------------------------------------------------------- what the engine says
 
@@ -190,7 +195,7 @@ class DtpApp(App[None]):
         try:
             self._engine = await self._source.open()
         except DtpError as error:
-            self.exit(return_code=error.exit_code, message=f"dtp-tui: {error}")
+            self.exit(return_code=error.exit_code, message=Text(f"dtp-tui: {error}"))
             return
         source = self._source
         self._feed = Feed(self._engine, self.post_message, now=source.now, tick_s=source.tick_s)
@@ -244,7 +249,7 @@ class DtpApp(App[None]):
         """One line where textual would print pages; they are kept in a file."""
         error = self._exception or RuntimeError("unknown")
         cause = error.error if isinstance(error, WorkerFailed) else error
-        self._exit_renderables.append(f"dtp-tui: {crash.report(cause, ['dtp-tui'])}")
+        self._exit_renderables.append(Text(f"dtp-tui: {crash.report(cause, ['dtp-tui'])}"))
         self._close_messages_no_wait()
 
     def _catch_signals(self) -> None:

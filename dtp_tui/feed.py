@@ -26,6 +26,7 @@ from dtp_tui.widgets.log_buffer import CAPACITY, LogEntry, entry
 TICK_S = 0.5
 SLOW_TICKS = 6
 """Capacity and checkpoints are asked for once in so many ticks."""
+PATIENCE_S = 1.0
 _BREATH = 200
 """After so many lines the event loop gets a turn."""
 
@@ -55,7 +56,7 @@ class Feed:
     async def run(self) -> None:
         try:
             while True:
-                await self._look()
+                await self._look_patiently()
                 self._ticks += 1
                 with contextlib.suppress(TimeoutError):
                     await asyncio.wait_for(self._hurry.wait(), self._tick_s)
@@ -75,6 +76,18 @@ class Feed:
     def hurry(self) -> None:
         """Look now, not at the next tick."""
         self._hurry.set()
+
+    async def _look_patiently(self) -> None:
+        """While the engine does not answer, the age of what was seen goes on being told."""
+        look = asyncio.create_task(self._look())
+        try:
+            while not look.done():
+                await asyncio.wait({look}, timeout=PATIENCE_S)
+                if not look.done():
+                    self._post(ClusterPolled(replace(self._picture, now=self._now())))
+            await look
+        finally:
+            look.cancel()
 
     async def _look(self) -> None:
         try:

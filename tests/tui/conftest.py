@@ -48,10 +48,13 @@ class FakeEngine:
         self.timeline: list[Event] = []
         self.lines: dict[str, list[tuple[int, LogLine]]] = {}
         self.broken: DtpError | None = None
+        self.answers = asyncio.Event()
+        self.answers.set()
         self.refuses: str | None = None
         self.closed = False
 
     async def jobs(self) -> Sequence[JobView]:
+        await self.answers.wait()
         if self.broken is not None:
             raise self.broken
         return list(self.views)
@@ -239,10 +242,12 @@ def seen() -> Callable[[App[None]], str]:
 def app_of() -> Callable[..., DtpApp]:
     """An app that looks at an engine."""
 
-    def make(engine: FakeEngine, job: str | None = None) -> DtpApp:
+    def make(
+        engine: FakeEngine, job: str | None = None, now: Callable[[], datetime] = lambda: NOW
+    ) -> DtpApp:
         async def opened() -> FakeEngine:
             return engine
 
-        return DtpApp(Source("local", opened, lambda: NOW, tick_s=0.05), job=job)
+        return DtpApp(Source("local", opened, now, tick_s=0.05), job=job)
 
     return make

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Awaitable, Callable
+from datetime import timedelta
 from types import SimpleNamespace
 from typing import Any
 
@@ -359,3 +360,18 @@ async def test_keys_answer_while_lines_pour_in(
         await until(pilot, lambda: "line 99999" in seen(app))
         await pilot.press("question_mark")
         await until(pilot, at(app, HelpScreen))
+
+
+async def test_data_age_is_told_while_the_engine_is_silent(
+    engine: Any, given: SimpleNamespace, app_of: Any, until: Until, seen: Seen
+) -> None:
+    """A call that never returns does not leave old numbers looking new, and q still leaves."""
+    late = [given.now]
+    app = app_of(engine, now=lambda: late[0])
+    async with app.run_test(size=SMALL) as pilot:
+        await until(pilot, has_jobs(app))
+        engine.answers.clear()
+        late[0] += timedelta(seconds=14)
+        await until(pilot, lambda: "stale 14s" in seen(app))
+        await pilot.press("q")
+        await until(pilot, lambda: not app.is_running)

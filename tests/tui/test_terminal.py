@@ -122,6 +122,17 @@ def test_a_terminal_that_goes_away_ends_it(terminal: Terminal) -> None:
     process.wait(timeout=30)
 
 
+def test_state_that_cannot_be_opened_is_one_line(terminal: Terminal, tmp_path: Path) -> None:
+    """What is wrong, where, and what to do; the exit code of infrastructure."""
+    home = tmp_path / "home"
+    home.mkdir()
+    (home / "ledger.db").write_bytes(b"no database at all " * 300)
+    terminal.open()
+    text = terminal.until(f"{DONE} 7")
+    assert "damaged" in text
+    assert "Traceback" not in text
+
+
 def run(*arguments: str, environment: dict[str, str]) -> subprocess.CompletedProcess[str]:
     program = "from dtp_tui.app import main; main()"
     return subprocess.run(
