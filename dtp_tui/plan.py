@@ -6,7 +6,6 @@ import yaml
 
 from dtp_engine.backend import Capacity
 from dtp_engine.engine import Engine
-from dtp_engine.errors import UsageError
 from dtp_engine.jobs import JobSpec
 from dtp_tui import labels
 from dtp_tui.output import Exit, Output
@@ -15,8 +14,7 @@ from dtp_tui.records import spec_record
 
 async def print_plan(engine: Engine, spec: JobSpec, out: Output) -> int:
     """Raises `UsageError` for a job that can never be placed here."""
-    capacity = await engine.capacity()
-    _refuse_what_never_fits(spec, capacity)
+    capacity = await engine.check(spec)
     fitting = workers_that_fit(spec, capacity)
     if out.json_lines:
         out.emit(
@@ -61,20 +59,6 @@ def placement_words(spec: JobSpec, capacity: Capacity, fitting: int) -> list[str
 
 def _world_size(spec: JobSpec) -> int:
     return spec.nodes.max * spec.nproc_per_node
-
-
-def _refuse_what_never_fits(spec: JobSpec, capacity: Capacity) -> None:
-    asked, largest = spec.resources, capacity.largest
-    if asked.cpus > largest.cpus or asked.gpus > largest.gpus:
-        raise UsageError(
-            f"{spec.name}: a worker asks for {asked.cpus:g} CPUs and {asked.gpus} GPUs; the "
-            f"largest machine has {largest.cpus:g} and {largest.gpus}; lower `resources`"
-        )
-    if (asked.memory_bytes or 0) > (largest.memory_bytes or 0):
-        raise UsageError(
-            f"{spec.name}: a worker asks for {labels.size(asked.memory_bytes)}, the largest "
-            f"machine has {labels.size(largest.memory_bytes)}; lower `resources.memory`"
-        )
 
 
 def _print_spec(out: Output, spec: JobSpec) -> None:

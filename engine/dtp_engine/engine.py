@@ -20,7 +20,7 @@ from dtp_engine.backends import Parts, job_storage_uri, keep_secrets, open_parts
 from dtp_engine.clock import Clock, RealClock
 from dtp_engine.door import Door
 from dtp_engine.driver import Driver, driver_of, start_controller, stop_controller
-from dtp_engine.errors import InfrastructureError, Refused, UnknownJob, UsageError
+from dtp_engine.errors import InfrastructureError, Refused, UnknownJob
 from dtp_engine.jobs import (
     Attempt,
     Event,
@@ -32,6 +32,7 @@ from dtp_engine.jobs import (
     RequestKind,
 )
 from dtp_engine.ledger import Ledger
+from dtp_engine.room import check_fits_ever
 from dtp_engine.series import MetricHistory
 from dtp_engine.settings import Settings
 from dtp_trainer import wire
@@ -93,13 +94,19 @@ class Engine:
 
     # ------------------------------------------------------------------------- what a client asks
 
+    async def check(self, spec: JobSpec) -> Capacity:
+        """Raises `UsageError` for a job that could never be placed here; what there is."""
+        capacity = await self._backend.capacity()
+        check_fits_ever(spec, capacity)
+        return capacity
+
     async def submit(self, spec: JobSpec, *, key: str | None = None) -> Job:
         """Record the job as QUEUED and see that somebody drives. The same key twice is one job.
 
-        Raises `UsageError` for a worker that is larger than any machine here, and for secrets that
-        are not in the environment.
+        Raises `UsageError` for a job that could never be placed here, and for secrets that are not
+        in the environment.
         """
-        await self._refuse_what_never_fits(spec)
+        await self.check(spec)
         key = key or secrets.token_hex(16)
         now = self._clock.now()
         job = Job(
@@ -160,8 +167,11 @@ class Engine:
     async def attempts(self, job_id: str) -> Sequence[Attempt]:
         return await self._ledger.attempts([job_id])
 
-    async def events(self, *, after: int = 0, job_id: str | None = None) -> Sequence[Event]:
-        return await self._ledger.events(after=after, job_id=job_id)
+    async def events(
+        self, *, after: int = 0, job_id: str | None = None, limit: int = 1000
+    ) -> Sequence[Event]:
+        """With a number greater than `after`, oldest first, at most `limit`."""
+        return await self._ledger.events(after=after, job_id=job_id, limit=limit)
 
     async def follow_events(
         self, *, after: int = 0, job_id: str | None = None
@@ -170,9 +180,10 @@ class Engine:
         revision = -1
         while True:
             revision = await self._moved(revision)
-            for event in await self.events(after=after, job_id=job_id):
-                after = event.seq
-                yield event
+            while found := await self.events(after=after, job_id=job_id):
+                for event in found:
+                    after = event.seq
+                    yield event
 
     async def watch(self, job_id: str, *, interval_s: float = 0.25) -> AsyncIterator[JobView]:
         """A view at once, then one whenever it changed; the last one is final or PAUSED.
@@ -320,19 +331,6 @@ class Engine:
         async for line in self._backend.logs(attempt.id, after=start):
             after[line.worker] = line.cursor
             yield line
-
-    async def _refuse_what_never_fits(self, spec: JobSpec) -> None:
-        largest, asked = (await self._backend.capacity()).largest, spec.resources
-        for name, wanted, most in (
-            ("CPUs", asked.cpus, largest.cpus),
-            ("GPUs", asked.gpus, largest.gpus),
-            ("bytes of memory", asked.memory_bytes or 0, largest.memory_bytes or 0),
-        ):
-            if wanted > most:
-                raise UsageError(
-                    f"{spec.name}: a worker asks for {wanted:g} {name}, "
-                    f"the largest machine has {most:g}; lower `resources`"
-                )
 
 
 def job_id_of(key: str) -> str:

@@ -6,7 +6,8 @@ from collections.abc import Iterable, Sequence
 from dataclasses import dataclass
 
 from dtp_engine.backend import Capacity
-from dtp_engine.jobs import Job, JobState, Resources
+from dtp_engine.errors import UsageError
+from dtp_engine.jobs import Job, JobSpec, JobState, Resources
 
 
 @dataclass(frozen=True, slots=True)
@@ -71,13 +72,9 @@ class Rooms:
     def _could_ever_fit(self, job: Job) -> bool:
         """A job that is larger than all machines together must not hold up the rest."""
         assert self._capacity is not None
-        machines = self._capacity.machines
-        whole = Resources(
-            sum(m.gpus for m in machines),
-            sum(m.cpus for m in machines),
-            sum(m.memory_bytes for m in machines),
+        return (
+            self._capacity.can_grow or most_workers(job.spec, self._capacity) >= job.spec.nodes.min
         )
-        return self._capacity.can_grow or _how_many(job.spec.resources, whole) >= job.spec.nodes.min
 
     def _left(self, job: Job) -> str:
         """What is free of the resource that is short."""
@@ -87,6 +84,32 @@ class Rooms:
         if need.cpus and _times(free.cpus, need.cpus) < job.workers:
             return f"{max(free.cpus, 0.0):g}"
         return _gigabytes(max(free.memory_bytes or 0, 0))
+
+
+def most_workers(spec: JobSpec, capacity: Capacity) -> int:
+    """How many workers of this kind all machines could hold if nothing else ran on them."""
+    machines = capacity.machines
+    whole = Resources(
+        sum(m.gpus for m in machines),
+        sum(m.cpus for m in machines),
+        sum(m.memory_bytes for m in machines),
+    )
+    return _how_many(spec.resources, whole)
+
+
+def check_fits_ever(spec: JobSpec, capacity: Capacity) -> None:
+    """Raises `UsageError` for a job that could never be placed here."""
+    if _how_many(spec.resources, capacity.largest) < 1:
+        raise UsageError(
+            f"{spec.name}: a worker asks for {_words(spec.resources)}, the largest machine has "
+            f"{_words(capacity.largest)}; lower `resources`"
+        )
+    most_here = most_workers(spec, capacity)
+    if not capacity.can_grow and spec.nodes.min > most_here:
+        raise UsageError(
+            f"{spec.name}: needs at least {spec.nodes.min} workers, all machines here hold "
+            f"{most_here} of them; lower `nodes` or `resources`"
+        )
 
 
 def _waits(job: Job) -> bool:
@@ -107,13 +130,16 @@ def _times(free: float, need: float) -> int:
 
 
 def _amount(job: Job, workers: int) -> str:
-    need = job.spec.resources
-    parts = [f"{need.cpus:g} CPU"] if need.cpus else []
-    if need.gpus:
-        parts.insert(0, f"{need.gpus} GPU")
-    if need.memory_bytes:
-        parts.append(_gigabytes(need.memory_bytes))
-    return f"{workers} × {' + '.join(parts)}"  # noqa: RUF001
+    return f"{workers} × {_words(job.spec.resources)}"  # noqa: RUF001
+
+
+def _words(resources: Resources) -> str:
+    parts = [f"{resources.gpus} GPU"] if resources.gpus else []
+    if resources.cpus:
+        parts.append(f"{resources.cpus:g} CPU")
+    if resources.memory_bytes:
+        parts.append(_gigabytes(resources.memory_bytes))
+    return " + ".join(parts)
 
 
 def _gigabytes(count: int) -> str:

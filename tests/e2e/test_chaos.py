@@ -73,6 +73,7 @@ def test_a_killed_part_costs_time_and_nothing_else(
                 process.kill()
                 hits += process.pid != watcher.pid or target == "client"
         if watcher.poll() is not None:
+            watcher.communicate()
             watcher = dtp.start("wait", rough)
         if target == "machine":
             hits += 1
