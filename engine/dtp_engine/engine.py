@@ -70,6 +70,7 @@ class Engine:
         self._backend: Backend = parts.backend
         self._clock = clock
         self._storage = Door("dtp-storage", deadline_s=30)
+        self._ended: dict[str, JobView] = {}
         self._started_at = -ANSWER_WITHIN_S
 
     @classmethod
@@ -314,10 +315,16 @@ class Engine:
         return await self._in_storage(lambda: [self._view(job) for job in jobs])
 
     def _view(self, job: Job) -> JobView:
+        """What a job that has ended left behind is read once."""
         if job.attempt == 0:
             return JobView(job, None, None)
+        if (seen := self._ended.get(job.id)) is not None and seen.job == job:
+            return seen
         storage = self._job_storage(job.id)
-        return JobView(job, checkpoints.gang(storage, job.attempt), checkpoints.newest(storage))
+        view = JobView(job, checkpoints.gang(storage, job.attempt), checkpoints.newest(storage))
+        if job.state.final:
+            self._ended[job.id] = view
+        return view
 
     def _job_storage(self, job_id: str) -> Storage:
         return open_storage(job_storage_uri(self.settings.home, job_id))

@@ -108,7 +108,7 @@ def test_a_signal_detaches(cli: Any, number: signal.Signals) -> None:
     _, err = client.communicate(timeout=20)
     assert client.returncode == 128 + number
     assert err == "dtp: detached, long goes on; come back: dtp logs -f long, or dtp-tui\n"
-    assert cli.rows("ps")[0]["state"] == "RUNNING"
+    cli.until(lambda: cli.rows("ps")[0]["state"] == "RUNNING", "RUNNING")
 
 
 def test_pause_and_resume(running: Any) -> None:
