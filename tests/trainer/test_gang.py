@@ -308,11 +308,50 @@ def test_hang_names_the_rank_behind() -> None:
     table.run(0, 1)
     table.beat(0, {"0": 42})
     table.beat(1, {"1": 41})
-    assert kinds(table.wait(5)) == [KillRanks, KillRanks]
+    assert table.wait(5) == [KillRanks(0, 1, dump=True), KillRanks(1, 1, dump=True)]
+    assert kinds(table.killed(0, 1)) == [Prepare]
     hang = next(e for e in table.state.chronicle.events if e.name == "hang")
     assert (hang.rank, hang.worker) == (1, 1)
-    assert hang.text.startswith("rank 1 is behind: its last step is 41, the others' 42")
-    assert kinds(table.killed(0, 1)) == [Prepare]
+    assert hang.text == "rank 1 is behind: its last step is 41, the others' 42; no step for 5 s"
+
+
+def test_hang_names_the_rank_that_stands_still() -> None:
+    """Of ranks at the same step, the one is named that stood in code of its own while others
+    waited."""
+    table = Table(replace(RULES, no_step_for_s=5))
+    table.run(0, 1)
+    table.beat(0, {"0": 42})
+    table.beat(1, {"1": 42})
+    table.wait(5)
+    table.exits(0, -6, killed=True, stands_in="train (train.py:9)", waits=True)
+    table.exits(1, -6, killed=True, stands_in="load (train.py:12)")
+    hang = next(e for e in table.state.chronicle.events if e.name == "hang")
+    assert hang.rank == 1
+    assert hang.text == (
+        "rank 1 is behind: it stands in load (train.py:12), the others wait since step 42"
+    )
+
+
+def test_hang_that_nobody_explains() -> None:
+    """Where neither steps nor stacks tell the ranks apart, none is named."""
+    table = Table(replace(RULES, no_step_for_s=5))
+    table.run(0, 1)
+    table.beat(0, {"0": 42})
+    table.beat(1, {"1": 42})
+    table.wait(5)
+    table.killed(0, 1)
+    hang = next(e for e in table.state.chronicle.events if e.name == "hang")
+    assert (hang.rank, hang.text) == (None, "no step for 5 s: all ranks stopped after step 42")
+
+
+def test_slow_start_is_no_hang() -> None:
+    """However long the start took: the first step that is heard of gives all ranks their time."""
+    table = Table(replace(RULES, no_step_for_s=5))
+    table.run(0, 1)
+    table.wait(30)
+    table.beat(0, {"0": 1})
+    assert table.wait(4.9) == []
+    assert kinds(table.wait(0.2)) == [KillRanks, KillRanks]
 
 
 def test_hang_budget() -> None:

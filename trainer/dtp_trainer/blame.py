@@ -5,6 +5,7 @@ from __future__ import annotations
 import re
 import signal
 from collections.abc import Iterable, Sequence
+from pathlib import PurePath
 
 from dtp_trainer.messages import RankExited
 from dtp_trainer.wire import ExitCode
@@ -16,6 +17,9 @@ _PEER_ERRORS = re.compile(
 )
 _RANK_PREFIX = re.compile(r"^\[rank\d+\]:\s*")  # torch's own, on each line of a traceback
 _ERROR_NAME = re.compile(r"^[A-Za-z_][\w.]*(Error|Exception|Interrupt|Exit)\b")
+_FRAME = re.compile(r'\s+File "(?P<file>.*)", line (?P<line>\d+) in (?P<name>.+)')
+_LIBRARY = re.compile(r"/(site|dist)-packages/|/lib/python3|^<|/dtp_trainer/")
+_WAITING = re.compile(r"/torch/(distributed|autograd|nn/parallel)/")
 _LONGEST = 300
 _MEANINGFUL = frozenset(ExitCode)
 
@@ -54,6 +58,16 @@ def outcome(exited: RankExited) -> int:
     return ExitCode.FAILED if code in _MEANINGFUL else code
 
 
+def stuck(exits: Sequence[RankExited], behind: int | None) -> RankExited | None:
+    """The rank that is behind by its steps, or else the first that stood in code of its own while
+    others stood in calls that wait for it; None when their stacks tell nothing."""
+    told = [e for e in exits if e.stands_in]
+    if behind is not None:
+        return next((e for e in told if e.rank == behind), None)
+    own = [e for e in told if not e.waits]
+    return min(own, key=lambda e: e.rank) if own and len(own) < len(told) else None
+
+
 def lost_a_peer(exited: RankExited) -> bool:
     return bool(_PEER_ERRORS.search(exited.error))
 
@@ -85,6 +99,25 @@ def last_error(stderr: Sequence[str]) -> str:
     written = [line for line in lines if line]
     named = [line for line in written if _ERROR_NAME.match(line)] or written
     return named[-1][:_LONGEST] if named else ""
+
+
+def stack(stderr: Sequence[str]) -> tuple[str, bool]:
+    """Of a dump by `faulthandler`: where the main thread stood in the script's own code, as
+    ``load (train.py:12)``, and whether it waited for other ranks there. Empty without a dump."""
+    starts = [i for i, line in enumerate(stderr) if line.startswith("Current thread")]
+    if not starts:
+        return "", False
+    frames = []
+    for line in stderr[starts[-1] + 1 :]:
+        found = _FRAME.match(line)
+        if found is None:
+            break
+        frames.append(found)
+    own = next((f for f in frames if not _LIBRARY.search(f["file"])), frames[0] if frames else None)
+    if own is None:
+        return "", False
+    waits = any(_WAITING.search(frame["file"]) for frame in frames)
+    return f"{own['name']} ({PurePath(own['file']).name}:{own['line']})", waits
 
 
 def _signal_name(number: int) -> str:

@@ -6,9 +6,11 @@ import asyncio
 import contextlib
 import json
 import os
+import resource
 import signal
 from collections import deque
 from collections.abc import Callable, Mapping
+from dataclasses import replace
 from pathlib import Path
 from typing import Any
 
@@ -18,9 +20,9 @@ from dtp_trainer import blame
 from dtp_trainer.folding import Folder, StepTail
 from dtp_trainer.lines import TAIL_LINES, Lines, pump
 from dtp_trainer.messages import RankExited, Start
-from dtp_trainer.rank_env import rank_env
+from dtp_trainer.rank_env import job_env, rank_env
 from dtp_trainer.ranks import RankError, RankLauncher, RankProcess, RankSpec
-from dtp_trainer.wire import RANKS_FOLDER, Env, Launch, ProcessRecord, Window, encode_object
+from dtp_trainer.wire import RANKS_FOLDER, Launch, ProcessRecord, Window, encode_object
 
 POLL_S = 0.2
 WINDOW_S = 1.0
@@ -29,6 +31,8 @@ HEAD_START_S = 0.05
 after a connection that was refused."""
 OUTPUT_S, OUTPUT_OF_FAILED_S = 2.0, 0.3
 """After a rank's end: how long the last lines of its output are waited for."""
+DUMP_S = 0.5
+"""How long ranks have to say where they stand before they are killed."""
 _SHELLS = frozenset({"sh", "bash", "dash", "zsh", "ksh", "fish"})
 _NOT_STARTED = (126, 127)
 
@@ -106,15 +110,22 @@ class Crew:
             if rank.exit is None:
                 _ask_to_leave(rank.pid)
 
-    def kill(self) -> None:
+    def kill(self, *, dump: bool = False) -> None:
+        """SIGKILL. With `dump`, ranks first say where they stand, as far as Python can tell."""
         self._killed = True
         self._cancel_starts()
+        if dump:
+            for rank in self._ranks.values():
+                if rank.exit is None:
+                    _dump(rank.pid)
+            asyncio.get_running_loop().call_later(DUMP_S, self.kill)
+            return
         for rank in self._ranks.values():
             rank.kill()
 
     def failed(self, why: str) -> RankExited:
         """What stands for the ranks of a crew that could not be run."""
-        return self._exit(self.order.first_rank, 1, error=why)
+        return replace(self._exit(self.order.first_rank, 1), error=why)
 
     # ------------------------------------------------------------------------------------ one rank
 
@@ -148,12 +159,12 @@ class Crew:
         await asyncio.wait([starting])
         self._starts.discard(starting)
         if starting.cancelled():
-            self._exited(self._exit(rank, -signal.SIGKILL, error="", killed=True))
+            self._exited(replace(self._exit(rank, -signal.SIGKILL), killed=True))
             return None
         try:
             return starting.result()
         except RankError as error:
-            self._exited(self._exit(rank, 127, error=str(error), unstartable=True))
+            self._exited(replace(self._exit(rank, 127), error=str(error), unstartable=True))
             return None
 
     def _cancel_starts(self) -> None:
@@ -177,38 +188,22 @@ class Crew:
     def _exit_of(self, rank: int, process: RankProcess, code: int, tail: deque[str]) -> RankExited:
         known = process.exit
         error = (known.error if known else None) or self._recorded_error(rank)
-        killed = self._killed and code == -signal.SIGKILL
         if not error and code:
             error = blame.last_error(tail)
-        return self._exit(
-            rank,
-            code,
-            error=error or "",
-            killed=killed,
+        exited = replace(
+            self._exit(rank, code),
+            error=error,
             formed_group=bool(known and known.formed_group),
             unstartable=code in _NOT_STARTED and not self._folder.last,
         )
+        if not (self._killed and code in (-signal.SIGKILL, -signal.SIGABRT)):
+            return exited
+        stands_in, waits = blame.stack([*tail])
+        return replace(exited, killed=True, stands_in=stands_in, waits=waits)
 
-    def _exit(
-        self,
-        rank: int,
-        code: int,
-        *,
-        error: str,
-        killed: bool = False,
-        formed_group: bool = False,
-        unstartable: bool = False,
-    ) -> RankExited:
-        return RankExited(
-            generation=self.order.generation,
-            rank=rank,
-            code=code,
-            step=self._folder.last.get(rank, 0),
-            killed=killed,
-            error=error,
-            formed_group=formed_group,
-            unstartable=unstartable,
-        )
+    def _exit(self, rank: int, code: int) -> RankExited:
+        step = self._folder.last.get(rank, 0)
+        return RankExited(self.order.generation, rank, code, step)
 
     def _recorded_error(self, rank: int) -> str:
         """What ``torch.distributed.elastic``'s `record` left."""
@@ -265,9 +260,7 @@ class Crew:
 
 def warm_spec(launch: Launch) -> RankSpec:
     """Enough of a rank for the launcher to make its warm process ready."""
-    env = {**os.environ, **launch.env}
-    env.pop(Env.LAUNCH, None)
-    return RankSpec(tuple(launch.command), env, launch.workdir)
+    return RankSpec(tuple(launch.command), job_env(launch, os.environ), launch.workdir)
 
 
 def _ask_to_leave(pid: int) -> None:
@@ -276,6 +269,15 @@ def _ask_to_leave(pid: int) -> None:
     for number in _scripts(pid):
         with contextlib.suppress(ProcessLookupError, PermissionError):
             os.kill(number, signal.SIGTERM)
+
+
+def _dump(pid: int) -> None:
+    """SIGABRT: `faulthandler`, enabled in every rank that is Python, writes its stack to stderr."""
+    for number in _scripts(pid):
+        with contextlib.suppress(OSError):
+            # One byte, and not none: only that keeps a handler of core files from being started.
+            resource.prlimit(number, resource.RLIMIT_CORE, (1, 1))
+            os.kill(number, signal.SIGABRT)
 
 
 def _scripts(pid: int) -> list[int]:

@@ -318,15 +318,10 @@ def _drain(state: State, cause: Cause, now: float) -> Change:
 
 
 def _kill(state: State, cause: Cause, now: float) -> Change:
-    if cause is Cause.HANG:
-        stalled = progress.stalled_since(state.progress)
-        text = progress.describe_stall(state.progress, now - (stalled or now))
-        rank = progress.behind(state.progress)
-        worker = None if rank is None else roster.worker_of(state.seats, rank)
-        state = told(state, now, "hang", text, step=state.progress.step, rank=rank, worker=worker)
-        state = replace(state, detail=text)
-    state = replace(state, phase=Phase.CLEARING, since=now, cause=cause)
-    return state, tuple(KillRanks(w, state.generation) for w in sorted(state.busy))
+    hangs = cause is Cause.HANG
+    stall = progress.stall(state.progress, now) if hangs else None
+    state = replace(state, phase=Phase.CLEARING, since=now, cause=cause, stall=stall)
+    return state, tuple(KillRanks(w, state.generation, hangs) for w in sorted(state.busy))
 
 
 def _draining(state: State, now: float) -> Change | None:
@@ -412,10 +407,14 @@ def _fail(state: State, suspect: RankExited, now: float) -> Change:
 
 
 def _hung(state: State, now: float) -> Change:
+    assert state.stall is not None
+    rank, text = progress.describe_stall(state.stall, blame.stuck(state.exits, state.stall.rank))
+    worker = None if rank is None else roster.worker_of(state.seats, rank)
+    state = told(state, now, "hang", text, step=state.stall.step, rank=rank, worker=worker)
     state = replace(state, hangs_used=state.hangs_used + 1)
     if state.hangs_used > state.rules.hang_budget:
-        return _end(state, ExitCode.HANG, state.detail, now)
-    return _gather(replace(state, restarts=state.restarts + 1, detail=""), now)
+        return _end(state, ExitCode.HANG, text, now)
+    return _gather(replace(state, restarts=state.restarts + 1), now)
 
 
 def _first_to_leave(state: State) -> RankExited:

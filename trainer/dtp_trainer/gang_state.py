@@ -9,7 +9,7 @@ from typing import TypeAlias, assert_never
 
 from dtp_trainer.chronicle import Chronicle
 from dtp_trainer.messages import Beat, Hello, Leaving, Port, RankExited, RanksGone
-from dtp_trainer.progress import Progress
+from dtp_trainer.progress import Progress, Stall
 from dtp_trainer.roster import Peer, Seat
 from dtp_trainer.wire import CheckpointEntry, GangPhase
 
@@ -152,6 +152,7 @@ class DrainRanks:
 class KillRanks:
     worker: int
     generation: int
+    dump: bool = False
 
 
 @dataclass(frozen=True, slots=True)
@@ -231,6 +232,8 @@ class State:
     """Workers that the generation lost."""
     cause: Cause | None = None
     """Why the generation ends; None while it runs."""
+    stall: Stall | None = None
+    """What was known of a hang when its ranks were killed."""
 
     progress: Progress = field(default_factory=Progress)
     restarts: int = 0

@@ -187,8 +187,8 @@ class Leader:
                 self._contacts.send(output.seat.worker, _start_of(output))
             case DrainRanks(worker, generation):
                 self._contacts.send(worker, Drain(generation))
-            case KillRanks(worker, generation):
-                self._contacts.send(worker, Kill(generation))
+            case KillRanks(worker, generation, dump):
+                self._contacts.send(worker, Kill(generation, dump))
             case DismissWorker(worker, code, reason):
                 self._contacts.send(worker, Dismiss(code, reason))
             case Drop(worker):

@@ -13,7 +13,7 @@ from dtp_trainer.wire import Record, Text, encode, encode_text
 
 LONGEST_BYTES = 64 * 1024
 PROGRESS_EVERY_S = 1.0
-TAIL_LINES = 60
+TAIL_LINES = 400
 
 
 class LineCutter:

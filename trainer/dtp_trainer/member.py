@@ -122,9 +122,9 @@ class Member:
             case Drain(generation):
                 if self._crew is not None and self._crew.order.generation == generation:
                     self._crew.drain()
-            case Kill(generation):
+            case Kill(generation, dump):
                 if self._crew is not None and self._crew.order.generation == generation:
-                    self._crew.kill()
+                    self._crew.kill(dump=dump)
             case Dismiss() | Pulse():
                 pass
             case _:

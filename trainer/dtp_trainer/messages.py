@@ -60,6 +60,10 @@ class RankExited(_Json):
     """The last line of its traceback, or of what it wrote to stderr."""
     formed_group: bool = False
     """It joined a process group."""
+    stands_in: str = ""
+    """Where it stood when it was killed with a dump: ``load (train.py:12)``."""
+    waits: bool = False
+    """It stood in a call that waits for other ranks."""
     unstartable: bool = False
     """There was no process: the command could not be started."""
 
@@ -121,6 +125,8 @@ class Kill(_Json):
     """SIGKILL to the ranks and all that they started."""
 
     generation: int
+    dump: bool = False
+    """Let each rank say first where it stands: `RankExited.stands_in`."""
 
 
 @dataclasses.dataclass(frozen=True, slots=True)

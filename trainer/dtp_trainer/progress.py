@@ -107,23 +107,46 @@ def behind(progress: Progress) -> int | None:
     return slowest if slowest is not None and steps[slowest] < progress.newest else None
 
 
-def describe_stall(progress: Progress, seconds: float) -> str:
+@dataclasses.dataclass(frozen=True, slots=True)
+class Stall:
+    """No rank moves; as the leader saw it before it asked the ranks where they stand."""
+
+    rank: int | None
+    """The one that is behind by its steps."""
+    step: int
+    """Its last one, or that of all."""
+    newest: int
+    seconds: float
+
+
+def stall(progress: Progress, now: float) -> Stall:
     rank = behind(progress)
-    newest = progress.newest
-    if rank is None:
-        where = f"all ranks stopped after step {newest}" if newest else "no rank took a step"
-        return f"no step for {seconds:.0f} s: {where}"
-    last = progress.ranks[rank].step
-    return (
-        f"rank {rank} is behind: its last step is {last}, the others' {newest}; "
-        f"no step for {seconds:.0f} s"
-    )
+    step = progress.newest if rank is None else progress.ranks[rank].step
+    return Stall(rank, step, progress.newest, now - (stalled_since(progress) or now))
+
+
+def describe_stall(stall: Stall, stuck: RankExited | None) -> tuple[int | None, str]:
+    """The rank to name, if one can be, and a line about it. `stuck`: it stood still by itself while
+    others waited for it."""
+    quiet = f"no step for {stall.seconds:.0f} s"
+    named = stuck.rank if stuck is not None and stall.rank is None else stall.rank
+    stands = f"it stands in {stuck.stands_in}" if stuck and stuck.rank == named else ""
+    if stall.rank is not None:
+        steps = f"its last step is {stall.step}, the others' {stall.newest}"
+        return named, f"rank {named} is behind: {'; '.join(filter(None, (steps, stands, quiet)))}"
+    if named is not None:
+        return named, f"rank {named} is behind: {stands}, the others wait since step {stall.newest}"
+    after = f"all ranks stopped after step {stall.newest}" if stall.newest else "no rank took one"
+    return None, f"{quiet}: {after}"
 
 
 def _advanced(
     ranks: Mapping[int, RankProgress], steps: Mapping[str, int], now: float
 ) -> dict[int, RankProgress]:
     advanced = dict(ranks)
+    if any(steps.values()) and not any(rank.step for rank in ranks.values()):
+        # The start is over for all: how long it took says nothing about the ranks not heard of yet.
+        advanced = {rank: RankProgress(0, now) for rank in ranks}
     for name, step in steps.items():
         rank = int(name)
         known = advanced.get(rank)

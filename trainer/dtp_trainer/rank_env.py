@@ -21,8 +21,7 @@ def rank_env(
     error_file: Path,
 ) -> dict[str, str]:
     """All of it: ranks and addresses win over what the job sets, that over what was inherited."""
-    job = {**inherited, **launch.env}
-    job.pop(Env.LAUNCH, None)
+    job = job_env(launch, inherited)
     if _shares_machine(launch, order):
         job.setdefault("OMP_NUM_THREADS", "1")
     return {
@@ -31,6 +30,13 @@ def rank_env(
         **_ours(launch, order, steps_file),
         "PYTHONUNBUFFERED": "1",
     }
+
+
+def job_env(launch: Launch, inherited: Mapping[str, str]) -> dict[str, str]:
+    """What all ranks of the job share. A rank that crashes or hangs can say where it stands."""
+    env = {"PYTHONFAULTHANDLER": "1", **inherited, **launch.env}
+    env.pop(Env.LAUNCH, None)
+    return env
 
 
 def _torchrun(launch: Launch, order: Start, local_rank: int, error_file: Path) -> dict[str, str]:

@@ -54,6 +54,29 @@ def test_last_error_of_a_traceback() -> None:
     assert blame.last_error([]) == ""
 
 
+DUMP = """
+loading …
+Fatal Python error: Aborted
+
+Thread 0x00007f1 (most recent call first):
+  File "/usr/lib/python3.11/threading.py", line 320 in wait
+
+Current thread 0x00007f2 (most recent call first):
+  File "/venv/lib/python3.11/site-packages/torch/distributed/c10d.py", line 1 in wait
+  File "/home/ana/train.py", line 12 in <module>
+
+Extension modules: numpy (total: 1)
+"""
+
+
+def test_stack_of_a_dump() -> None:
+    """Of a dump, the script's own innermost line counts, and whether it waits for others there."""
+    assert blame.stack(DUMP.splitlines()) == ("<module> (train.py:12)", True)
+    alone = DUMP.replace("/torch/distributed/", "/numpy/core/")
+    assert blame.stack(alone.splitlines()) == ("<module> (train.py:12)", False)
+    assert blame.stack(["no dump here"]) == ("", False)
+
+
 def test_codes() -> None:
     """Signals count as in a shell; codes that mean something else of a gang do not pass."""
     assert blame.outcome(exited(0, -9)) == 137

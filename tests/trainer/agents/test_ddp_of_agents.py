@@ -28,6 +28,20 @@ print("sum", int(total), flush=True)
 dist.destroy_process_group()
 """
 
+REPORTER = """
+import json, os, sys, time
+
+file = open(os.environ["DTP_STEPS_FILE"], "a", buffering=1)
+def load(step):
+    if step == 5 and os.environ["RANK"] == "1":
+        time.sleep(1000)
+def report(step):
+    record = dict(at=time.time(), generation=int(os.environ["DTP_GENERATION"]),
+        rank=int(os.environ["RANK"]), world_size=2, step=step, epoch=0.0, total_steps=None,
+        samples=8, tokens=None, values={}, seconds={"step": 0.1})
+    file.write(json.dumps(record) + chr(10))
+"""
+
 
 @pytest.fixture
 def ddp(job: Job) -> Job:
@@ -58,6 +72,22 @@ def test_killed_rank_of_ddp(ddp: Job) -> None:
     for worker in workers:
         worker.ask()
     assert ddp.codes() == [75, 75]
+
+
+def test_hanging_rank_of_ddp(ddp: Job) -> None:
+    """A rank that stands still while the others wait for it in a collective is named, with the
+    line at which it stands."""
+    script = SCRIPT.replace("import sys\n", REPORTER).replace(
+        "for step in range(int(sys.argv[1])):\n",
+        "for step in range(1, int(sys.argv[1])):\n    load(step)\n",
+    )
+    (ddp.work / "ddp.py").write_text(script.replace(".backward()", ".backward(); report(step)"))
+    command = ["python", "ddp.py", "1000000"]
+    ddp.launch(0, 1, command=command, no_step_for_s=2.0, hang_budget=0)
+    assert ddp.codes() == [77, 77]
+    reason = ddp.workers[0].exit()["reason"]
+    assert reason.startswith("rank 1 is behind: it stands in load (ddp.py:")
+    assert reason.endswith("the others wait since step 4")
 
 
 def test_raising_rank_of_ddp(ddp: Job) -> None:
