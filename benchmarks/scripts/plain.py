@@ -22,4 +22,6 @@ for step in range(50):
     optimizer.step()
     if step == 0 and dist.get_rank() == 0:
         Path(os.environ["BENCH_FILE"]).write_text(str(time.time()))
+dist.barrier()
+del model
 dist.destroy_process_group()
