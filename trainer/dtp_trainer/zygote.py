@@ -352,6 +352,7 @@ def preload(modules: Sequence[str]) -> bool:
     """Import what is there; whether forked children may run in place. A second thread forbids it
     (it would not exist in them, and its locks might be held for ever), and so does a started CUDA
     driver (it does not work in a fork)."""
+    gc.disable()  # nearly all that imports make stays: looking for garbage costs a quarter of them
     for name in modules:
         began = time.monotonic()
         try:
@@ -360,6 +361,7 @@ def preload(modules: Sequence[str]) -> bool:
             log.warning("without %s: %s: %s", name, type(error).__name__, error)
         else:
             log.info("imported %s in %.2f s", name, time.monotonic() - began)
+    gc.enable()
     threads = len(os.listdir("/proc/self/task"))  # noqa: PTH208
     if threads > 1:
         log.warning("%d threads after the imports: every rank gets a fresh interpreter", threads)
@@ -383,7 +385,6 @@ def _keep_from_children() -> None:
     for finalizer in getattr(weakref.finalize, "_registry", {}).values():
         finalizer.atexit = False
     sys.stdout.flush()  # or every child would print again what an import printed
-    gc.collect()
     gc.freeze()
 
 
