@@ -58,7 +58,7 @@ def _source(arguments: argparse.Namespace) -> Source:
     from dtp_tui.dashboard import Source  # noqa: PLC0415
 
     if arguments.demo:
-        from dtp_tui.demo import Demo  # noqa: PLC0415
+        from dtp_engine.demo import Demo  # noqa: PLC0415
 
         demo = Demo()
         return Source("demo", demo.open, demo.clock.now)

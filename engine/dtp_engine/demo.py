@@ -1,34 +1,29 @@
-"""An engine on a simulated cluster with some history behind it: `dtp-tui --demo`.
+"""``dtp-tui --demo``: the real engine and controller on a simulated cluster that has been busy.
 
-Nothing is started and nothing is kept: the ledger is in memory, the job storage in a temporary
-folder, and the controller a task of this process.
+Time is virtual: `PAST` is played at once, then it goes on at the pace of the clock on the wall.
+Everything can be paused, resumed, scaled and stopped; nothing of it is real, and nothing is kept.
 """
 
 from __future__ import annotations
 
 import asyncio
 import contextlib
-import os
 import tempfile
-import time
-from collections.abc import Mapping, Sequence
+from collections.abc import Awaitable, Callable
 from dataclasses import dataclass
 from datetime import UTC, datetime, timedelta
 from pathlib import Path
-from typing import Self
 
-from dtp_engine.backend import Gang, Machine
-from dtp_engine.backends import Parts
+from dtp_engine.backend import Machine
+from dtp_engine.backends import LEDGER_FILE, Parts, job_storage_uri
+from dtp_engine.clock import VirtualClock
 from dtp_engine.controller import Controller
-from dtp_engine.driver import holder_name
+from dtp_engine.driver import Driver
 from dtp_engine.engine import Engine, job_id_of
 from dtp_engine.jobs import (
     AttemptId,
     CheckpointPolicy,
-    Intent,
-    Job,
     JobSpec,
-    JobState,
     NodeRange,
     Request,
     RequestKind,
@@ -36,196 +31,180 @@ from dtp_engine.jobs import (
     RetryPolicy,
 )
 from dtp_engine.lease import LeaseKeeper
+from dtp_engine.ledger import Ledger
 from dtp_engine.local.ledger import LocalLedger
 from dtp_engine.settings import Settings
 from dtp_engine.simulated.backend import SimulatedBackend
-from dtp_engine.simulated.cluster import GIB, Cluster, Faults
+from dtp_engine.simulated.cluster import GIB, Cluster
 from dtp_engine.simulated.curves import Behaviour
 from dtp_trainer import wire
+from dtp_trainer.storage import open_storage
 
-HISTORY_S = 1200.0
-STEP_S = 5.0
-"""The history is played in steps of so many seconds."""
-MACHINES = tuple(
-    Machine(f"g5-{n}", 8, 32 * GIB, 1, "NVIDIA A10G", price_usd_per_hour=0.42) for n in range(8)
-)
-FAULTS = Faults(crashes_per_hour=1.0, spot_losses_per_hour=2.0)
-
-
-class LateClock:
-    """Real time, a little behind; `skip` catches up."""
-
-    def __init__(self, behind_s: float) -> None:
-        self._behind_s = behind_s
-
-    def now(self) -> datetime:
-        return datetime.now(UTC) - timedelta(seconds=self._behind_s)
-
-    def monotonic(self) -> float:
-        return time.monotonic() - self._behind_s
-
-    async def sleep(self, seconds: float) -> None:
-        await asyncio.sleep(seconds)
-
-    def skip(self, seconds: float) -> None:
-        self._behind_s = max(self._behind_s - seconds, 0.0)
-
-
-class StoredBackend(SimulatedBackend):
-    """Writes what real gangs write to job storage, for those who read it there."""
-
-    def __init__(self, cluster: Cluster, home: Path) -> None:
-        super().__init__(cluster)
-        self._jobs = home / "storage" / "jobs"
-        self._speaks = False
-
-    async def observe(self, attempts: Sequence[AttemptId]) -> Mapping[AttemptId, Gang]:
-        gangs = await super().observe(attempts)
-        if self._speaks:
-            for attempt in attempts:
-                self._store(attempt)
-        return gangs
-
-    def speak(self) -> None:
-        """Write where every gang is, and from now on what changes."""
-        self._speaks = True
-        for attempt in self._cluster.gangs:
-            self._store(attempt)
-
-    def _store(self, attempt: AttemptId) -> None:
-        status = self.status(attempt)
-        if status is not None:
-            folder = self._jobs / attempt.job_id
-            head = self._cluster.memory(attempt.job_id).head()
-            _replace(folder / wire.GANG_KEY, wire.encode_object(status))
-            _replace(folder / wire.HEAD_KEY, wire.encode_object(head))
+PAST = timedelta(minutes=14)
+SWEEP_S = 2.0
+"""Between two looks of the controller while the past is played."""
+LIVE_S = 0.25
+HOLDER = "demo:1:0"
+ACTOR = "you@demo"
 
 
 @dataclass(frozen=True, slots=True)
-class Act:
-    """A job of the demo, and what its owner did with it."""
+class Part:
+    """One job of the scenario."""
 
-    spec: JobSpec
+    name: str
+    at_s: float
+    """When it is submitted, from the beginning of the past."""
+    workers: int
     behaviour: Behaviour
-    owner: str
-    at_s: float = 0.0
-    """When it was submitted, in the history."""
-    workers: int | None = None
-    paused_at_s: float | None = None
+    most: int = 4
+    gpus: int = 2
+    args: str = ""
 
 
-def _act(name: str, nodes: str, behaviour: Behaviour, owner: str, **about: float) -> Act:
-    low, _, high = nodes.partition("..")
-    spec = JobSpec(
-        name=name,
-        run=f"python {name.split('-', maxsplit=1)[0]}.py",
-        nodes=NodeRange(int(low), int(high or low)),
-        resources=Resources(gpus=1, cpus=4, memory_bytes=16 * GIB),
-        checkpoint=CheckpointPolicy(every=timedelta(minutes=1)),
-        retry=RetryPolicy(on_errors=2),
-    )
-    workers = about.pop("workers", None)
-    return Act(spec, behaviour, owner, workers=None if workers is None else int(workers), **about)
-
-
-ACTS = (
-    _act("digits-baseline", "1", Behaviour(1800, 0.15, 48, 30, seed=11), "ana@laptop"),
-    _act(
-        "gpt-small",
-        "2..4",
-        Behaviour(40_000, 0.22, 64, 5_000, tokens_per_sample=1024, seed=1),
-        "ana@laptop",
-        workers=3,
+SCENARIO = (
+    Part("digits", 0, 1, Behaviour(steps=1200, step_s=0.2, global_batch=64), gpus=1),
+    Part("unet-segment", 20, 2, Behaviour(step_s=0.9, always_fails_at=120, seed=5), gpus=1),
+    Part(
+        "llama-350m",
+        40,
+        4,
+        Behaviour(30_000, 0.62, 128, 4000, tokens_per_sample=1024, fails_at=(900,), seed=1),
+        most=8,
     ),
-    _act("resnet50-food", "1..2", Behaviour(9_000, 0.5, 256, 300, seed=2), "ben@gpu-box", at_s=60),
-    _act(
-        "whisper-tiny",
-        "1",
-        Behaviour(4_000, 0.6, 32, 500, fails_at=(150,), seed=3),
-        "ben@gpu-box",
-        at_s=120,
-        paused_at_s=700,
-    ),
-    _act("clip-broken", "1", Behaviour(5_000, always_fails_at=90, seed=4), "cleo@ci", at_s=200),
-    _act("plain-script", "1", Behaviour(6_000, 0.5, reports_steps=False), "cleo@ci", at_s=300),
-    _act("llama-lora", "6", Behaviour(20_000, 1.5, 16, 4_000, seed=5), "cleo@ci", at_s=900),
+    Part("resnet50", 70, 2, Behaviour(16_000, 0.5, 512, 2500, seed=2)),
+    Part("bert-large", 100, 2, Behaviour(9_000, 0.55, 256, 3000, seed=3)),
+    Part("vit-sweep", 500, 4, Behaviour(6_000, 0.4, 256, 1500, seed=4), gpus=4),
+)
+MACHINES = tuple(
+    Machine(f"gpu-{n}", 48, 192 * GIB, 4, "L40S", price_usd_per_hour=3.2) for n in range(4)
+)
+
+
+@dataclass(frozen=True, slots=True)
+class Moment:
+    at_s: float
+    happen: Callable[[Demo], Awaitable[None]]
+
+
+MOMENTS = (
+    Moment(330, lambda demo: demo.request("bert-large", RequestKind.PAUSE)),
+    Moment(420, lambda demo: demo.request("resnet50", RequestKind.SCALE, workers=1)),
+    Moment(560, lambda demo: demo.take_back("llama-350m", worker=3)),
+    Moment(600, lambda demo: demo.request("resnet50", RequestKind.SCALE, workers=2)),
 )
 
 
 class DemoEngine(Engine):
-    """Closing it ends the simulated world."""
+    """An `Engine` that is driven by its own process."""
 
-    def __init__(self, settings: Settings, parts: Parts, clock: LateClock) -> None:
-        super().__init__(settings, parts, clock)
-        self._stopping = asyncio.Event()
-        self._driving: asyncio.Task[None] | None = None
-        self._folder: tempfile.TemporaryDirectory[str] | None = None
+    def __init__(self, settings: Settings, parts: Parts, demo: Demo) -> None:
+        super().__init__(settings, parts, demo.clock)
+        self._demo = demo
 
-    @classmethod
-    async def begin(cls, actor: str) -> Self:
-        """Plays the history first; about a second."""
-        folder = tempfile.TemporaryDirectory(prefix="dtp-demo-")
-        home = Path(folder.name)
-        clock = LateClock(HISTORY_S)
-        behaviours = {act.spec.name: act.behaviour for act in ACTS}
-        cluster = Cluster(clock, MACHINES, faults=FAULTS, behaviours=behaviours, boot_s=8, seed=7)
-        backend = StoredBackend(cluster, home)
-        parts = Parts(await LocalLedger.open(":memory:"), backend)
-        engine = cls(Settings(home=home, actor=actor, backend="simulated"), parts, clock)
-        engine._folder = folder
-        keeper = LeaseKeeper(parts.ledger, clock, holder_name(os.getpid()), ttl_s=60)
-        controller = Controller(parts.ledger, backend, clock, keeper)
-        await _play_history(parts, controller, clock)
-        backend.speak()
-        engine._driving = asyncio.create_task(
-            controller.drive(engine._stopping, idle_s=float("inf"))
-        )
-        return engine
+    async def ensure_driver(self) -> None:
+        """The demo drives for as long as it is open."""
+
+    async def driver(self) -> Driver:
+        log = self.settings.home / "controller.log"
+        return Driver(HOLDER, alive=True, beat_at=self._clock.now(), log=log)
 
     async def aclose(self) -> None:
-        self._stopping.set()
-        if self._driving is not None:
-            with contextlib.suppress(asyncio.CancelledError):
-                await self._driving
+        await self._demo.stop()
         await super().aclose()
-        if self._folder is not None:
-            self._folder.cleanup()
+        self._demo.folder.cleanup()
 
 
-async def _play_history(parts: Parts, controller: Controller, clock: LateClock) -> None:
-    passed = 0.0
-    while passed < HISTORY_S:
-        for act in ACTS:
-            if passed <= act.at_s < passed + STEP_S:
-                await _submit(parts, act, clock)
-            if act.paused_at_s is not None and passed <= act.paused_at_s < passed + STEP_S:
-                await parts.ledger.request(_request(RequestKind.PAUSE, act, clock))
-        await controller.sweep()
-        clock.skip(STEP_S)
-        passed += STEP_S
+class Demo:
+    """The cluster, its controller, and what happens to them."""
+
+    def __init__(self) -> None:
+        self.folder = tempfile.TemporaryDirectory(prefix="dtp-demo-", ignore_cleanup_errors=True)
+        self.home = Path(self.folder.name)
+        self.clock = VirtualClock(datetime.now(UTC) - PAST)
+        behaviours = {part.name: part.behaviour for part in SCENARIO}
+        self.cluster = Cluster(self.clock, MACHINES, behaviours=behaviours)
+        self.backend = SimulatedBackend(self.cluster)
+        self._began = self.clock.now().timestamp()
+        self._ledger: Ledger | None = None
+        self._engine: DemoEngine | None = None
+        self._task: asyncio.Task[None] | None = None
+
+    async def open(self) -> Engine:
+        """Play the past, and go on in the background."""
+        self._ledger = await LocalLedger.open(self.home / LEDGER_FILE)
+        settings = Settings(self.home, ACTOR, backend="simulated")
+        self._engine = DemoEngine(settings, Parts(self._ledger, self.backend), self)
+        keeper = LeaseKeeper(self._ledger, self.clock, HOLDER, ttl_s=settings.lease_ttl_s)
+        controller = Controller(self._ledger, self.backend, self.clock, keeper)
+        await self._play_past(controller)
+        self._write_status()
+        self._task = asyncio.create_task(self._live(controller), name="demo")
+        return self._engine
+
+    async def stop(self) -> None:
+        if self._task is not None:
+            self._task.cancel()
+            with contextlib.suppress(asyncio.CancelledError):
+                await self._task
+
+    async def request(self, name: str, kind: RequestKind, *, workers: int | None = None) -> None:
+        """As a client would, without waiting for the answer."""
+        if self._ledger is not None:
+            key = f"{name}/{kind}/{self.clock.now()}"
+            job_id = job_id_of(name)
+            at = self.clock.now()
+            await self._ledger.request(Request(key, kind, job_id, ACTOR, at, workers))
+
+    async def take_back(self, name: str, *, worker: int) -> None:
+        """The machine below one of its workers is wanted back."""
+        self.cluster.take_back(AttemptId(job_id_of(name), 1), worker)
+
+    async def _play_past(self, controller: Controller) -> None:
+        due = sorted([*MOMENTS, *map(_submission, SCENARIO)], key=lambda moment: moment.at_s)
+        while (elapsed := self.clock.now().timestamp() - self._began) < PAST.total_seconds():
+            while due and due[0].at_s <= elapsed:
+                await due.pop(0).happen(self)
+            await controller.sweep()
+            await self.clock.advance(SWEEP_S)
+
+    async def submit(self, part: Part) -> None:
+        if self._engine is not None:
+            await self._engine.submit(_spec(part), key=part.name)
+            await self.request(part.name, RequestKind.SCALE, workers=part.workers)
+
+    async def _live(self, controller: Controller) -> None:
+        behind = datetime.now(UTC) - self.clock.now()
+        while True:
+            await controller.sweep()
+            self._write_status()
+            await asyncio.sleep(LIVE_S)
+            due = datetime.now(UTC) - behind - self.clock.now()
+            await self.clock.advance(due.total_seconds())
+
+    def _write_status(self) -> None:
+        """What real gangs keep in the storage of their job."""
+        for attempt in list(self.cluster.gangs):
+            storage = open_storage(job_storage_uri(self.home, attempt.job_id))
+            gang = self.backend.status(attempt)
+            if gang is not None:
+                storage.write(wire.GANG_KEY, wire.encode_object(gang))
+            head = self.cluster.memory(attempt.job_id).head()
+            storage.write(wire.HEAD_KEY, wire.encode_object(head))
 
 
-async def _submit(parts: Parts, act: Act, clock: LateClock) -> None:
-    job = Job(
-        id=job_id_of(act.spec.name),
-        name=act.spec.name,
-        spec=act.spec,
-        state=JobState.QUEUED,
-        intent=Intent.RUN,
-        workers=act.workers or act.spec.nodes.max,
-        created_at=clock.now(),
-        created_by=act.owner,
+def _submission(part: Part) -> Moment:
+    return Moment(part.at_s, lambda demo: demo.submit(part))
+
+
+def _spec(part: Part) -> JobSpec:
+    return JobSpec(
+        part.name,
+        f"python train.py --model {part.name}",
+        nodes=NodeRange(1, part.most),
+        nproc_per_node=part.gpus,
+        resources=Resources(part.gpus, 4.0 * part.gpus, 24 * GIB * part.gpus),
+        checkpoint=CheckpointPolicy(every=timedelta(seconds=60), keep=5),
+        retry=RetryPolicy(on_errors=2),
+        tags={"team": "demo"},
     )
-    await parts.ledger.request(_request(RequestKind.SUBMIT, act, clock), job=job)
-
-
-def _request(kind: RequestKind, act: Act, clock: LateClock) -> Request:
-    key = f"demo-{kind}-{act.spec.name}"
-    return Request(key, kind, job_id_of(act.spec.name), act.owner, clock.now())
-
-
-def _replace(path: Path, data: bytes) -> None:
-    path.parent.mkdir(parents=True, exist_ok=True)
-    fresh = path.with_suffix(".new")
-    fresh.write_bytes(data)
-    fresh.replace(path)

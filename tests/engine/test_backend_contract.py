@@ -72,19 +72,8 @@ class Harness(Protocol):
     ) -> list[LogLine]: ...
 
 
-NOT_YET = {
-    "test_lines_of_a_worker_that_ended_stay[simulated]": (
-        "events are printed by whoever leads now, so they move when the leader dies"
-    ),
-}
-"""Promises that a backend does not keep yet, and why; an entry goes when it does."""
-
-
 @pytest.fixture(params=BACKENDS)
 def harness(request: pytest.FixtureRequest) -> Harness:
-    if request.node.name in NOT_YET:
-        reason = NOT_YET[request.node.name]
-        request.applymarker(pytest.mark.xfail(reason=reason, strict=False))
     found: Harness = request.getfixturevalue(request.param)
     return found
 

@@ -10,7 +10,7 @@ import pytest
 
 from dtp_engine.backend import CapacityRequest, LaunchPlan, Liveness, LogLine, Machine
 from dtp_engine.clock import VirtualClock
-from dtp_engine.demo import DemoEngine
+from dtp_engine.demo import Demo
 from dtp_engine.errors import Unreachable
 from dtp_engine.jobs import (
     AttemptId,
@@ -284,7 +284,7 @@ async def test_worker_without_room_exits_and_says_so() -> None:
 
 async def test_demo_shows_jobs_of_every_kind_and_obeys() -> None:
     """An engine like any other, with a history; nothing is left when it is closed."""
-    async with await DemoEngine.begin("ana") as engine:
+    async with await Demo().open() as engine:
         views = await engine.jobs()
         states = {view.job.state for view in views}
         assert states >= {JobState.RUNNING, JobState.PAUSED, JobState.FAILED, JobState.SUCCEEDED}
