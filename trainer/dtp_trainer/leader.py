@@ -98,6 +98,8 @@ class Leader:
         self._over = asyncio.Event()
         self._news = asyncio.Event()
         self._told = told
+        self._trouble = ""
+        """What storage said last, when it refused."""
 
     async def run(self, server: asyncio.Server) -> None:
         """`server` hands its connections to `welcome`; it is closed at the end."""
@@ -262,8 +264,9 @@ class Leader:
         try:
             await self._publish()
         except StorageError as error:
-            log.warning("%s", error)
+            self._complain(error)
             return False
+        self._trouble = ""
         return True
 
     async def _publish(self) -> None:
@@ -273,10 +276,15 @@ class Leader:
         try:
             head = await asyncio.to_thread(heads.read_head, self._storage)
         except StorageError as error:
-            log.warning("%s", error)
+            self._complain(error)
             return
         for entry in unseen(head, self._state):
             self._feed(Committed(entry))
+
+    def _complain(self, error: StorageError) -> None:
+        if str(error) != self._trouble:
+            self._trouble = str(error)
+            log.warning("%s", error)
 
     def _spawn(self, work: Coroutine[None, None, None]) -> None:
         task = asyncio.get_running_loop().create_task(work)

@@ -6,6 +6,7 @@ import contextlib
 import os
 import signal
 import time
+from pathlib import Path
 from typing import TYPE_CHECKING
 
 import psutil
@@ -232,6 +233,21 @@ def test_frozen_agent_is_lost(job: Job) -> None:
     for worker in workers:
         worker.ask()
     assert job.codes() == [75, 75]
+
+
+def test_full_disk_stops_no_training(job: Job, small_disk: Path) -> None:
+    """While nothing can be published, ranks train on; the outcome reaches every worker all the
+    same, and the trouble is told once."""
+    job.storage = small_disk / "storage"
+    workers = job.train(2, "--steps", "60")
+    job.until(lambda: job.stepped(1))
+    filling = small_disk / "filling"
+    with contextlib.suppress(OSError), filling.open("wb", buffering=0) as file:
+        while file.write(bytes(4096)):
+            pass
+    assert job.codes() == [0, 0]
+    told = [text for worker in workers for text in worker.texts() if "disk is full" in text]
+    assert len(told) == 1
 
 
 def test_all_killed_at_once(job: Job) -> None:
