@@ -114,7 +114,7 @@ def fold(worker: int, steps: Sequence[Step], phases: Sequence[dict[str, float]])
 def _rate(timed: Sequence[Step], amounts: Sequence[int]) -> float | None:
     """Of the whole job: what its steps held over the wall time they took."""
     seconds = sum(step.seconds.get("step", 0.0) for step in timed)
-    return sum(amounts) / seconds if seconds > 0 and any(amounts) else None
+    return _measured(sum(amounts) / seconds) if seconds > 0 and any(amounts) else None
 
 
 def _spreads(phases: Sequence[dict[str, float]]) -> dict[str, dict[str, float]]:
@@ -123,4 +123,10 @@ def _spreads(phases: Sequence[dict[str, float]]) -> dict[str, dict[str, float]]:
 
 
 def _spread(values: Sequence[float]) -> dict[str, float]:
-    return asdict(Spread(min(values), statistics.median(values), max(values)))
+    found = (min(values), statistics.median(values), max(values))
+    return asdict(Spread(*map(_measured, found)))
+
+
+def _measured(value: float) -> float:
+    """No clock knows more than six digits."""
+    return float(f"{value:.6g}")

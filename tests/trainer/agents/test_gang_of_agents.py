@@ -10,6 +10,7 @@ from pathlib import Path
 from typing import TYPE_CHECKING
 
 import psutil
+import pytest
 
 from dtp_trainer import wire
 
@@ -220,6 +221,7 @@ def test_nobody_comes(job: Job) -> None:
     assert "1 of at least 2 workers came" in job.workers[0].exit()["reason"]
 
 
+@pytest.mark.slow
 def test_frozen_agent_is_lost(job: Job) -> None:
     """An agent that stands still is lost after a few seconds, and comes back when it moves."""
     workers = job.train(2, *LONG)
@@ -235,6 +237,7 @@ def test_frozen_agent_is_lost(job: Job) -> None:
     assert job.codes() == [75, 75]
 
 
+@pytest.mark.slow
 def test_full_disk_stops_no_training(job: Job, small_disk: Path) -> None:
     """While nothing can be published, ranks train on; the outcome reaches every worker all the
     same, and the trouble is told once."""
