@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+import contextlib
+import dataclasses
 import math
 import threading
 from collections.abc import Iterator
@@ -78,16 +80,31 @@ def test_a_value_that_is_no_number_is_named(steps_file: Path) -> None:
     telemetry.close()
 
 
-def test_a_full_disk_ends_the_metrics_and_not_the_training(
-    monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
+def test_a_full_disk_costs_the_metrics_of_its_time_and_not_the_training(
+    small_disk: Path, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
 ) -> None:
-    """A step file that cannot be written is said once, in one line."""
-    monkeypatch.setenv(wire.Env.STEPS_FILE, "/dev/full")
+    """It is said once, in one line; once there is room the next steps are reported again."""
+    path, ballast = small_disk / "steps.jsonl", small_disk / "ballast"
+    monkeypatch.setenv(wire.Env.STEPS_FILE, str(path))
     telemetry = Telemetry(0, 1)
-    telemetry.step(FIVE, {})
-    telemetry.step(FIVE, {})
+    fill(ballast)
+    for _ in range(100):
+        telemetry.step(FIVE, {})
+    ballast.unlink()
+    telemetry.step(dataclasses.replace(FIVE, step=6), {})
     telemetry.close()
-    assert capsys.readouterr().err == "dtp: metrics of rank 0 end here: No space left on device\n"
+    said = capsys.readouterr().err
+    assert said.startswith("dtp: steps of rank 0 are not reported while this lasts: No space left")
+    assert said.count("\n") == 1
+    last = records(path)[-1]
+    assert last is not None
+    assert last.step == 6
+
+
+def fill(path: Path) -> None:
+    with contextlib.suppress(OSError), path.open("wb", buffering=0) as file:
+        while True:
+            file.write(bytes(4096))
 
 
 def test_an_evaluation_is_no_time_of_the_step() -> None:

@@ -84,13 +84,15 @@ class Stopwatch:
 
 
 class Telemetry:
-    """Step records of one rank. Nothing is written where nobody asked for it; a full disk ends the
-    telemetry, never the training."""
+    """Step records of one rank. Nothing is written where nobody asked for it; a full disk costs the
+    records of its time, never the training."""
 
     def __init__(self, rank: int, world_size: int) -> None:
         self._rank, self._world_size = rank, world_size
         self._generation = int(os.environ.get(Env.GENERATION, "0"))
         self._file = _open(os.environ.get(Env.STEPS_FILE))
+        self._torn = False
+        """The newest record could not be written, or not wholly."""
         self._read_device_at = 0.0
         self._kept: dict[str, float] = {}
         self._last: Position | None = None
@@ -149,12 +151,17 @@ class Telemetry:
             values=values,
             seconds=seconds,
         )
+        line = encode_step(record).encode()
         try:
-            self._file.write(encode_step(record).encode())
+            # After a failure the file may end in half a line.
+            self._file.write(b"\n" + line if self._torn else line)
         except OSError as error:
-            say(f"metrics of rank {self._rank} end here: {error.strerror or error}")
-            self._file.close()
-            self._file = None
+            if not self._torn:
+                why = error.strerror or error
+                say(f"steps of rank {self._rank} are not reported while this lasts: {why}")
+            self._torn = True
+        else:
+            self._torn = False
 
 
 def _number(name: str, value: Value) -> float:
