@@ -115,9 +115,14 @@ def _kind(process: psutil.Process) -> str:
 
 
 @contextlib.contextmanager
-def _dtp() -> Iterator[Dtp]:
+def _dtp(megabytes: int | None = None) -> Iterator[Dtp]:
     """The path is short, so that sockets fit in it and command lines name it."""
     folder = tempfile.mkdtemp(prefix="dtp")
+    if megabytes is not None:
+        size = f"size={megabytes}m"
+        mount = ["mount", "-t", "tmpfs", "-o", size, "tmpfs", folder]
+        if subprocess.run(mount, capture_output=True, check=False).returncode:
+            pytest.skip("mounting a small file system needs root")
     dtp = Dtp(Path(folder))
     yield dtp
     left = dtp.processes()
@@ -125,6 +130,8 @@ def _dtp() -> Iterator[Dtp]:
         with contextlib.suppress(psutil.Error):
             process.send_signal(signal.SIGKILL)
     psutil.wait_procs(left, timeout=10)
+    if megabytes is not None:
+        subprocess.run(["umount", "-l", folder], check=True)
     shutil.rmtree(folder, ignore_errors=True)
 
 
@@ -132,6 +139,13 @@ def _dtp() -> Iterator[Dtp]:
 def dtp() -> Iterator[Dtp]:
     """A state folder in which nothing runs yet."""
     with _dtp() as dtp:
+        yield dtp
+
+
+@pytest.fixture
+def small_home() -> Iterator[Dtp]:
+    """A state folder on a disk of 24 megabytes."""
+    with _dtp(megabytes=24) as dtp:
         yield dtp
 
 
