@@ -258,6 +258,16 @@ def test_same_failure_stops_early() -> None:
     assert "same_failure" in table.story
 
 
+def test_kills_are_never_the_same_failure() -> None:
+    """A rank that somebody kills again and again uses its budget, and is not given up early."""
+    table = Table(replace(RULES, error_budget=100))
+    table.join(0, 1)
+    for _ in range(5):
+        table.prepared()
+        table.exits(1, -9)
+        assert kinds(table.killed(0)) == [Prepare]
+
+
 def test_command_that_cannot_start() -> None:
     """A command that does not exist is not tried again."""
     table = Table()

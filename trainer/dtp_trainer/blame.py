@@ -20,6 +20,7 @@ _ERROR_NAME = re.compile(r"^[A-Za-z_][\w.]*(Error|Exception|Interrupt|Exit)\b")
 _FRAME = re.compile(r'\s+File "(?P<file>.*)", line (?P<line>\d+) in (?P<name>.+)')
 _LIBRARY = re.compile(r"/(site|dist)-packages/|/lib/python3|^<|/dtp_trainer/")
 _WAITING = re.compile(r"/torch/(distributed|autograd|nn/parallel)/")
+_FROM_OUTSIDE = (-signal.SIGKILL, -signal.SIGTERM, -signal.SIGINT, -signal.SIGHUP)
 _LONGEST = 300
 _MEANINGFUL = frozenset(ExitCode)
 
@@ -91,6 +92,13 @@ def describe(exited: RankExited) -> str:
     if exited.error:
         return exited.error
     return f"exit code {exited.code}"
+
+
+def signature(exited: RankExited) -> str:
+    """Equal for failures that will come again. A signal from outside is no such failure."""
+    outside = exited.code in _FROM_OUTSIDE and not exited.killed
+    where = f"generation {exited.generation}, step" if outside else "step"
+    return f"{describe(exited)} @ {where} {exited.step}"
 
 
 def last_error(stderr: Sequence[str]) -> str:

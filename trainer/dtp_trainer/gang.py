@@ -393,7 +393,7 @@ def _fail(state: State, suspect: RankExited, now: float) -> Change:
         rank=suspect.rank,
         worker=roster.worker_of(state.seats, suspect.rank),
     )
-    failures = (*state.failures, f"{error} @ step {suspect.step}")[-SAME_FAILURE_LIMIT:]
+    failures = (*state.failures, blame.signature(suspect))[-SAME_FAILURE_LIMIT:]
     state = replace(state, failures=failures, errors_used=state.errors_used + 1)
     code = blame.outcome(suspect)
     if suspect.unstartable:
