@@ -46,8 +46,8 @@ def pause(view: JobView, now: datetime) -> Consequence:
     return Consequence(
         title,
         (
-            f"{_present(view)} write a checkpoint at the next step and leave;",
-            "their machines become free.",
+            f"{_present(view)} will write a checkpoint at the next step and leave;",
+            _freed(_workers(view)),
             "",
             _since_checkpoint(view, now),
             _kept(view),
@@ -113,7 +113,11 @@ def _is_placed(job: Job) -> bool:
 def _by(more: int) -> str:
     if more > 0:
         return f"{labels.plural(more, 'worker')} more will be placed, and join when ready."
-    return f"{labels.plural(-more, 'worker')} will leave; their machines become free."
+    return f"{labels.plural(-more, 'worker')} will leave; {_freed(-more)}"
+
+
+def _freed(workers: int) -> str:
+    return "its machine becomes free." if workers == 1 else "their machines become free."
 
 
 def _seam(view: JobView) -> str:
@@ -123,8 +127,12 @@ def _seam(view: JobView) -> str:
 
 
 def _present(view: JobView) -> str:
-    count = len(view.gang.members) if view.gang else 0
-    return f"Its {labels.plural(count or view.job.workers, 'worker')}"
+    return f"Its {labels.plural(_workers(view), 'worker')}"
+
+
+def _workers(view: JobView) -> int:
+    members = len(view.gang.members) if view.gang else 0
+    return members or view.job.workers
 
 
 def _since_checkpoint(view: JobView, now: datetime) -> str:
