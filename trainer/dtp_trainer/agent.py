@@ -64,6 +64,8 @@ class Agent:
         self._working: asyncio.Task[Ending] | None = None
         self._seen: tuple[str | None, float] = (None, steady.now())
         """The newest tag of ``gang.json`` and when it was first seen."""
+        self._refused_at: str | None = None
+        """The tag of ``gang.json`` when this worker was first refused at the leader's address."""
         self._storage_trouble = ""
         self._given_up = "left as asked, before it took part"
         self._farewell_s = FAREWELL_S
@@ -172,20 +174,34 @@ class Agent:
             link = await links.connect(
                 address, secret=self._launch.secret, scope=links.scope_of(self._launch)
             )
-        except links.Refused as error:
-            return Ending(ExitCode.FENCED, f"the gang refused this worker: {error}"), True
         except links.Vacated:
-            return None, await self._campaign(sight)
+            return await self._succeed(sight)
+        except links.Refused as error:
+            # Whoever refuses may be another gang's leader, at a port that ours had before it died.
+            if self._refused_at not in (None, sight.tag):
+                return Ending(ExitCode.FENCED, f"the gang refused this worker: {error}"), True
+            self._refused_at = sight.tag
+            return await self._succeed_if_stale(sight)
         except (links.Unreachable, links.Impostor) as error:
             log.warning("%s", error)
-            stale = steady.now() - self._seen[1] > STALE_S
-            return None, stale and await self._campaign(sight)
+            return await self._succeed_if_stale(sight)
         began_at = steady.now()
         dismissed = await self._member.serve(link)
         if dismissed is None:
             # A leader that is lost again and again must not be asked without a pause.
             return None, steady.now() - began_at > RETRY_S
         return Ending(dismissed.code, dismissed.reason), True
+
+    async def _succeed_if_stale(self, sight: election.Sight) -> tuple[Ending | None, bool]:
+        if steady.now() - self._seen[1] > STALE_S:
+            return await self._succeed(sight)
+        return None, False
+
+    async def _succeed(self, sight: election.Sight) -> tuple[Ending | None, bool]:
+        """Take a lost leader's place, unless this worker could not train."""
+        if self._member.unfit:
+            return Ending(ExitCode.SETUP_FAILED, self._member.unfit), True
+        return None, await self._campaign(sight)
 
     async def _campaign(self, sight: election.Sight) -> bool:
         """Try to become leader; True when somebody leads now."""

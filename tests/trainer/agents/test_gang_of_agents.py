@@ -198,6 +198,26 @@ def test_wrong_secret_is_refused(job: Job) -> None:
     assert job.workers[0].ended() == wire.ExitCode.PAUSED
 
 
+@pytest.mark.slow
+def test_strangers_at_the_leaders_port(job: Job, tmp_path: Path) -> None:
+    """A dead leader's port may belong to another gang by now: its refusal keeps nobody from
+    forming a gang of his own."""
+    job.train(1, *LONG)
+    job.until(lambda: job.stepped(1))
+    gang = job.gang()
+    assert gang is not None
+    dead = wire.Gang(1, 3, 7, gang.address, wire.GangPhase.RUNNING, 5, 0.0)
+    other = tmp_path / "other"
+    other.mkdir()
+    (other / wire.GANG_KEY).write_bytes(wire.encode_object(dead))
+    (late,) = job.launch(
+        *[8], storage=other.as_uri(), secret="another", workers=1, command=["python", "train.py"]
+    )
+    assert late.ended() == 0
+    job.workers[0].ask()
+    assert job.workers[0].ended() == wire.ExitCode.PAUSED
+
+
 def test_older_attempt_is_fenced(job: Job) -> None:
     """A newer attempt takes over: the older workers stop their ranks and leave with FENCED."""
     old = job.train(2, *LONG)
