@@ -266,7 +266,7 @@ def test_a_dropped_terminal_leaves_the_job(cli: Any) -> None:
     os.close(terminal)
     _, status = os.waitpid(pid, 0)
     assert os.waitstatus_to_exitcode(status) in (128 + signal.SIGHUP, 7)
-    assert cli.rows("ps")[0]["state"] == "RUNNING"
+    cli.until(lambda: cli.rows("ps")[0]["state"] == "RUNNING", "RUNNING")
     assert not list(cli.home.glob("logs/crash-*"))
 
 

@@ -17,7 +17,7 @@ import pytest
 
 SCRIPT = (Path(__file__).parent / "scripts" / "exact.py").read_text()
 KILLS = int(os.environ.get("DTP_TEST_KILLS", "5"))
-EPOCHS = 12 + 3 * KILLS
+EPOCHS = 12 + 10 * KILLS
 """20 steps each of at least 15 ms: long enough for every kill to hit a job that trains."""
 
 pytestmark = [pytest.mark.slow, pytest.mark.timeout(1800)]
