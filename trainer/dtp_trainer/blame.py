@@ -88,7 +88,8 @@ def describe(exited: RankExited) -> str:
     'killed by SIGKILL'
     """
     if exited.code < 0 and not exited.killed:
-        return f"killed by {_signal_name(-exited.code)}"
+        where = f" in {exited.stands_in}" if exited.stands_in else ""
+        return f"killed by {_signal_name(-exited.code)}{where}"
     if exited.error:
         return exited.error
     return f"exit code {exited.code}"

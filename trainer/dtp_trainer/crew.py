@@ -190,16 +190,16 @@ class Crew:
         error = (known.error if known else None) or self._recorded_error(rank)
         if not error and code:
             error = blame.last_error(tail)
-        exited = replace(
+        stands_in, waits = blame.stack([*tail]) if code < 0 else ("", False)
+        return replace(
             self._exit(rank, code),
             error=error,
+            killed=self._killed and code in (-signal.SIGKILL, -signal.SIGABRT),
             formed_group=bool(known and known.formed_group),
+            stands_in=stands_in,
+            waits=waits,
             unstartable=code in _NOT_STARTED and not self._folder.last,
         )
-        if not (self._killed and code in (-signal.SIGKILL, -signal.SIGABRT)):
-            return exited
-        stands_in, waits = blame.stack([*tail])
-        return replace(exited, killed=True, stands_in=stands_in, waits=waits)
 
     def _exit(self, rank: int, code: int) -> RankExited:
         step = self._folder.last.get(rank, 0)

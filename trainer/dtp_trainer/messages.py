@@ -61,7 +61,7 @@ class RankExited(_Json):
     formed_group: bool = False
     """It joined a process group."""
     stands_in: str = ""
-    """Where it stood when it was killed with a dump: ``load (train.py:12)``."""
+    """Where it stood when a signal ended it, if it could tell: ``load (train.py:12)``."""
     waits: bool = False
     """It stood in a call that waits for other ranks."""
     unstartable: bool = False

@@ -105,6 +105,16 @@ def test_error_file_of_torchelastic(job: Job) -> None:
     assert worker.exit()["reason"] == "rank 0 failed: KeyError: lr"
 
 
+def test_crash_names_its_place(job: Job) -> None:
+    """A rank that crashes in native code is blamed with the line at which it stood."""
+    (job.work / "crash.py").write_text(
+        "import ctypes\ndef read():\n    ctypes.string_at(0)\nread()\n"
+    )
+    (worker,) = job.train(1, command=["python", "crash.py"], error_budget=0)
+    assert worker.ended() == 128 + signal.SIGSEGV
+    assert worker.exit()["reason"] == "rank 0 failed: killed by SIGSEGV in read (crash.py:3)"
+
+
 def test_long_and_binary_lines(job: Job) -> None:
     """A line of a megabyte is cut with a note, binary is decoded, and all lines stay parsable."""
     (job.work / "noise.py").write_text(
