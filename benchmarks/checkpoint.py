@@ -12,8 +12,8 @@ import torch
 from torch import nn
 
 from benchmarks.measure import interleaved, save, spread
-from dtp_trainer.checkpoint import Checkpointer, SaveReport, StateBundle, load_newest
-from dtp_trainer.heads import Retention
+from dtp_trainer.checkpoints.checkpoint import Checkpointer, SaveReport, StateBundle, load_newest
+from dtp_trainer.checkpoints.heads import Retention
 from dtp_trainer.storage import FileStorage
 
 ROUNDS = 7

@@ -18,8 +18,9 @@ SIZE = (120, 34)
 
 async def picture(name: str, job: str | None, *keys: str) -> None:
     """Press keys in the demo, wait until its charts are drawn, write ``docs/<name>.svg``."""
-    from dtp_tui.dashboard import DtpApp, Source  # noqa: PLC0415 - after the terminal is prepared
     from dtp_tui.demo import Demo  # noqa: PLC0415
+
+    from dtp_tui.dashboard import DtpApp, Source  # noqa: PLC0415 - after the terminal is prepared
 
     demo = Demo()
     app = DtpApp(Source("demo", demo.open, demo.clock.now), job=job)

@@ -10,7 +10,8 @@ from collections.abc import Callable
 from typing import TypeVar
 
 from dtp_engine.errors import InfrastructureError, Refused
-from dtp_trainer import heads, wire
+from dtp_trainer import wire
+from dtp_trainer.checkpoints import heads
 from dtp_trainer.storage import Storage, StorageError
 
 T = TypeVar("T")

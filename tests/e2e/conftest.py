@@ -110,8 +110,8 @@ def _kind(process: psutil.Process) -> str:
         return "rank"
     line = " ".join(process.cmdline())
     named = [k for k in ("controller", "agent", "zygote") if f"dtp_engine.{k}" in line]
-    named += [k for k in ("agent", "zygote") if f"dtp_trainer.{k}" in line]
-    return named[0] if named else "client" if "/dtp" in line else "rank"
+    named += [k for k in ("agent", "ranks.zygote") if f"dtp_trainer.{k}" in line]
+    return named[0].removeprefix("ranks.") if named else "client" if "/dtp" in line else "rank"
 
 
 @contextlib.contextmanager

@@ -27,7 +27,8 @@ from dtp_engine.local.ledger import LocalLedger
 from dtp_engine.local.machine import Gpu, Hardware, read_hardware
 from dtp_engine.local.secrets import read_secrets, store_secrets
 from dtp_engine.local.slots import Slots
-from dtp_trainer import heads, wire
+from dtp_trainer import wire
+from dtp_trainer.checkpoints import heads
 from dtp_trainer.storage import Storage, open_storage
 
 ONE = AttemptId("digits", 1)
@@ -173,7 +174,7 @@ async def test_warm_process_is_left_alone(local: Local) -> None:
     """A warm process that a dead agent happened to start serves others too, and stays."""
     await launched(local)
     env = {"DTP_LAUNCH": str(local.folder(0, ONE).launch)}
-    warm = [sys.executable, "-S", "-c", "input()", "dtp_trainer.zygote"]
+    warm = [sys.executable, "-S", "-c", "input()", "dtp_trainer.ranks.zygote"]
     with subprocess.Popen(warm, env=env, stdin=subprocess.PIPE) as zygote:
         await local.kill_worker(ONE, 0)
         await local.until_exited(ONE)

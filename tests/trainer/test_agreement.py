@@ -9,10 +9,10 @@ import numpy as np
 import pytest
 import torch
 
-from dtp_trainer import randomness
-from dtp_trainer.agreement import ASK_WITHIN_STEPS, Agreement, Decision, Leave
-from dtp_trainer.distributed import World
-from dtp_trainer.stop import Paused, StopRequest
+from dtp_trainer.session import randomness
+from dtp_trainer.session.agreement import ASK_WITHIN_STEPS, Agreement, Decision, Leave
+from dtp_trainer.session.distributed import World
+from dtp_trainer.session.stop import Paused, StopRequest
 
 ALONE = World(0, 1, torch.device("cpu"), None, joined_here=False)
 CPU = torch.device("cpu")

@@ -14,8 +14,8 @@ import pytest
 import torch
 from torch import nn
 
-from dtp_trainer import commit, heads, randomness
-from dtp_trainer.checkpoint import (
+from dtp_trainer.checkpoints import commit, heads
+from dtp_trainer.checkpoints.checkpoint import (
     Checkpointer,
     Outcome,
     SaveReport,
@@ -23,10 +23,11 @@ from dtp_trainer.checkpoint import (
     load,
     load_newest,
 )
-from dtp_trainer.heads import Fenced, Retention
-from dtp_trainer.manifest import DamagedCheckpoint, verify
+from dtp_trainer.checkpoints.heads import Fenced, Retention
+from dtp_trainer.checkpoints.manifest import DamagedCheckpoint, verify
+from dtp_trainer.checkpoints.tree import UnsupportedState
+from dtp_trainer.session import randomness
 from dtp_trainer.storage import FileStorage, StorageError
-from dtp_trainer.tree import UnsupportedState
 from dtp_trainer.wire import checkpoint_name
 
 

@@ -13,8 +13,8 @@ from pathlib import Path
 
 import pytest
 
-from dtp_trainer import heads
-from dtp_trainer.checkpoint import load_newest
+from dtp_trainer.checkpoints import heads
+from dtp_trainer.checkpoints.checkpoint import load_newest
 from dtp_trainer.storage import FileStorage
 
 AT_MOST_BYTES = 6 * 3_000_000

@@ -9,8 +9,9 @@ from dataclasses import dataclass, field, replace
 
 import pytest
 
-from dtp_trainer import gang
-from dtp_trainer.gang_state import (
+from dtp_trainer.gang import rules as gang
+from dtp_trainer.gang.messages import Beat, Hello, Leaving, RankExited, RanksGone
+from dtp_trainer.gang.state import (
     Committed,
     DismissWorker,
     DrainRanks,
@@ -31,7 +32,6 @@ from dtp_trainer.gang_state import (
     Tick,
     Unprepared,
 )
-from dtp_trainer.messages import Beat, Hello, Leaving, RankExited, RanksGone
 from dtp_trainer.wire import CheckpointEntry, ExitCode, Window
 
 RULES = Rules(

@@ -12,8 +12,8 @@ import pytest
 from hypothesis import given
 from hypothesis import strategies as st
 
-from dtp_trainer import heads
-from dtp_trainer.heads import Fenced, Retention, UnknownCheckpoint
+from dtp_trainer.checkpoints import heads
+from dtp_trainer.checkpoints.heads import Fenced, Retention, UnknownCheckpoint
 from dtp_trainer.storage import FileStorage, StorageError
 from dtp_trainer.wire import HEAD_KEY, CheckpointEntry, CheckpointHead, checkpoint_name
 
@@ -179,6 +179,7 @@ def test_marks_of_checks_are_kept(store: FileStorage) -> None:
 
 def test_heads_import_no_torch() -> None:
     """Agent and engine can use the head without paying for torch."""
-    code = "import sys, dtp_trainer.heads; print('torch' in sys.modules, 'numpy' in sys.modules)"
+    loaded = "print('torch' in sys.modules, 'numpy' in sys.modules)"
+    code = f"import sys, dtp_trainer.checkpoints.heads; {loaded}"
     done = subprocess.run([sys.executable, "-P", "-c", code], capture_output=True, check=True)
     assert done.stdout.split() == [b"False", b"False"]

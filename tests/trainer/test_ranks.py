@@ -16,8 +16,8 @@ from pathlib import Path
 import psutil
 import pytest
 
-from dtp_trainer.ranks import RankExit, RankLauncher, RankProcess, RankSpec, is_forkable
-from dtp_trainer.zygote import frame
+from dtp_trainer.ranks.launcher import RankExit, RankLauncher, RankProcess, RankSpec, is_forkable
+from dtp_trainer.ranks.zygote import frame
 
 PATH = f"{Path(sys.executable).parent}{os.pathsep}{os.environ['PATH']}"
 PYTHON = ("python", "train.py")

@@ -18,8 +18,8 @@ from typing import Any
 import pytest
 
 from dtp_trainer import wire
-from dtp_trainer.heads import raise_generation, read_head
-from dtp_trainer.ranks import RankLauncher, RankProcess, RankSpec
+from dtp_trainer.checkpoints.heads import raise_generation, read_head
+from dtp_trainer.ranks.launcher import RankLauncher, RankProcess, RankSpec
 from dtp_trainer.storage import FileStorage
 
 SCRIPTS = Path(__file__).parent / "scripts"

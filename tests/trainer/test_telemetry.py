@@ -14,8 +14,8 @@ import pytest
 import torch
 
 from dtp_trainer import wire
-from dtp_trainer.loader import Loader, to_device
-from dtp_trainer.telemetry import Position, Stopwatch, Telemetry
+from dtp_trainer.session.loader import Loader, to_device
+from dtp_trainer.session.telemetry import Position, Stopwatch, Telemetry
 
 FIVE = Position(step=5, epoch=0.5, total_steps=10, samples=12)
 

@@ -12,8 +12,8 @@ import torch
 from hypothesis import given, settings
 from hypothesis import strategies as st
 
-from dtp_trainer import tensorfile
-from dtp_trainer.tensorfile import Malformed, Staging
+from dtp_trainer.checkpoints import tensorfile
+from dtp_trainer.checkpoints.tensorfile import Malformed, Staging
 
 
 def some_tensors() -> dict[str, torch.Tensor]:

@@ -15,7 +15,7 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 from torch import nn
 
-from dtp_trainer.tree import UnsupportedState, flatten, unflatten
+from dtp_trainer.checkpoints.tree import UnsupportedState, flatten, unflatten
 
 
 def round_trip(tree: Any) -> Any:

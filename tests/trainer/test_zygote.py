@@ -18,9 +18,9 @@ from pathlib import Path
 import psutil
 import pytest
 
-from dtp_trainer.ranks import RankExit, RankLauncher, RankProcess, RankSpec
-from dtp_trainer.zygote import Inbox, cuda_started, frame
-from dtp_trainer.zygote_client import Unreachable, warm_path
+from dtp_trainer.ranks.launcher import RankExit, RankLauncher, RankProcess, RankSpec
+from dtp_trainer.ranks.zygote import Inbox, cuda_started, frame
+from dtp_trainer.ranks.zygote_client import Unreachable, warm_path
 
 ENV = {"PATH": f"{Path(sys.executable).parent}{os.pathsep}{os.environ['PATH']}", "HOME": "/nowhere"}
 PYTHON = ("python", "train.py")
@@ -224,7 +224,14 @@ async def test_threads_after_the_imports_mean_fresh_interpreters(tmp_path: Path)
     )
     order = spec(tmp_path, "import sys; print('threaded' in sys.modules)")
     path = warm_path(tmp_path, ENV, ("threaded",))
-    command = (sys.executable, "-P", "-m", "dtp_trainer.zygote", "--socket", str(path))
+    command = (
+        sys.executable,
+        "-P",
+        "-m",
+        "dtp_trainer.ranks.zygote",
+        "--socket",
+        str(path),
+    )
     subprocess.run(
         [*command, "--preload", "threaded", "--idle", "60"],
         env={**ENV, "PYTHONPATH": str(tmp_path)},
@@ -268,7 +275,7 @@ async def test_nonsense_from_one_client_is_no_ones_trouble(
 CLIENT = """
     import asyncio, json, sys
     from pathlib import Path
-    from dtp_trainer.ranks import RankLauncher, RankSpec
+    from dtp_trainer.ranks.launcher import RankLauncher, RankSpec
     async def main():
         zygotes, folder, env = json.loads(sys.argv[1])
         launcher = RankLauncher(zygotes=Path(zygotes), preload=("calendar",))

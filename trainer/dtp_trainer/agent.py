@@ -22,19 +22,20 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
-from dtp_trainer import claims, election, links, steady
-from dtp_trainer.crew import warm_spec
-from dtp_trainer.election import Led, Over, Vacant
-from dtp_trainer.hosts import HostSampler
-from dtp_trainer.leader import Leader
-from dtp_trainer.lines import Lines
-from dtp_trainer.member import Member
-from dtp_trainer.office import Office
-from dtp_trainer.preparation import SetupFailed, run_setup
-from dtp_trainer.ranks import RankLauncher
-from dtp_trainer.report import inherit
+from dtp_trainer.gang import election, links
+from dtp_trainer.gang.election import Led, Over, Vacant
+from dtp_trainer.gang.leader import Leader
+from dtp_trainer.gang.member import Member
+from dtp_trainer.gang.office import Office
+from dtp_trainer.gang.report import inherit
+from dtp_trainer.ranks.launcher import RankLauncher
 from dtp_trainer.storage import Conflict, Storage, StorageError, open_storage
 from dtp_trainer.wire import Env, Exit, ExitCode, Launch
+from dtp_trainer.worker import claims, steady
+from dtp_trainer.worker.crew import warm_spec
+from dtp_trainer.worker.hosts import HostSampler
+from dtp_trainer.worker.lines import Lines
+from dtp_trainer.worker.preparation import SetupFailed, run_setup
 
 STALE_S = 5.0
 """A leader that cannot be reached is replaced once its ``gang.json`` stood still for so long."""

@@ -27,7 +27,8 @@ from dtp_engine.local.processes import CHILDREN
 from dtp_engine.local.secrets import read_secrets
 from dtp_engine.local.slots import Slots
 from dtp_engine.settings import Settings
-from dtp_trainer import heads, wire
+from dtp_trainer import wire
+from dtp_trainer.checkpoints import heads
 from dtp_trainer.storage import StorageError, open_storage
 
 T = TypeVar("T")

@@ -219,7 +219,7 @@ def _is_marked(process: Process, folder: WorkerFolder, launch: Mapping[str, obje
 
 def _is_shared(process: Process) -> bool:
     """A warm process serves other jobs too, whoever started it."""
-    return "dtp_trainer.zygote" in process.command
+    return "dtp_trainer.ranks.zygote" in process.command
 
 
 def _other_than(seen: Process) -> processes.Doubt:

@@ -2,8 +2,8 @@
 
 from __future__ import annotations
 
-from dtp_trainer import blame
-from dtp_trainer.messages import RankExited
+from dtp_trainer.gang import blame
+from dtp_trainer.gang.messages import RankExited
 
 LOST_PEER = "torch.distributed.DistBackendError: NCCL error: remote process exited"
 

@@ -13,14 +13,14 @@ from pathlib import Path
 
 import pytest
 
-from dtp_trainer import election, links, steady
-from dtp_trainer.chronicle import KEPT, Chronicle, continued
-from dtp_trainer.election import Led, Over, Sight, Vacant
-from dtp_trainer.gang_state import State
-from dtp_trainer.links import Link
-from dtp_trainer.messages import Beat, Pulse
-from dtp_trainer.office import Deposed, Office, raise_fence
-from dtp_trainer.report import inherit, report, rules_of
+from dtp_trainer.gang import election, links
+from dtp_trainer.gang.chronicle import KEPT, Chronicle, continued
+from dtp_trainer.gang.election import Led, Over, Sight, Vacant
+from dtp_trainer.gang.links import Link
+from dtp_trainer.gang.messages import Beat, Pulse
+from dtp_trainer.gang.office import Deposed, Office, raise_fence
+from dtp_trainer.gang.report import inherit, report, rules_of
+from dtp_trainer.gang.state import State
 from dtp_trainer.storage import Conflict, Storage, open_storage
 from dtp_trainer.wire import (
     GANG_KEY,
@@ -32,6 +32,7 @@ from dtp_trainer.wire import (
     Member,
     Window,
 )
+from dtp_trainer.worker import steady
 
 
 @pytest.fixture

@@ -6,9 +6,9 @@ from pathlib import Path
 
 import pytest
 
-from dtp_trainer import folding
-from dtp_trainer.folding import Folder, StepTail
 from dtp_trainer.wire import Step, encode_step
+from dtp_trainer.worker import folding
+from dtp_trainer.worker.folding import Folder, StepTail
 
 
 def step(number: int, *, rank: int = 0, seconds: float = 0.5, **values: float) -> Step:

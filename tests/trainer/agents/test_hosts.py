@@ -9,9 +9,9 @@ import time
 
 import psutil
 
-from dtp_trainer.hosts import Family, HostSampler, listens, memory_limit
-from dtp_trainer.ports import HeldPort
+from dtp_trainer.gang.ports import HeldPort
 from dtp_trainer.wire import Host
+from dtp_trainer.worker.hosts import Family, HostSampler, listens, memory_limit
 
 BUSY = (
     "import subprocess, sys; x = bytearray(80_000_000); print('up', flush=True)\nwhile True: pass"

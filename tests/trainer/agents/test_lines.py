@@ -8,7 +8,7 @@ from hypothesis import given
 from hypothesis import strategies as st
 
 from dtp_trainer import wire
-from dtp_trainer.lines import LineCutter, Lines
+from dtp_trainer.worker.lines import LineCutter, Lines
 
 
 def cut(*pieces: bytes, longest: int = 100) -> list[str]:

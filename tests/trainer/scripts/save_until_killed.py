@@ -12,8 +12,14 @@ from pathlib import Path
 
 import torch
 
-from dtp_trainer.checkpoint import Checkpointer, Outcome, SaveReport, StateBundle, load_newest
-from dtp_trainer.heads import Retention
+from dtp_trainer.checkpoints.checkpoint import (
+    Checkpointer,
+    Outcome,
+    SaveReport,
+    StateBundle,
+    load_newest,
+)
+from dtp_trainer.checkpoints.heads import Retention
 from dtp_trainer.storage import FileStorage
 
 ELEMENTS = 300_000

@@ -15,8 +15,8 @@ from pathlib import Path
 import numpy as np
 from numpy.typing import NDArray
 
-from dtp_trainer.stop import SessionError
-from dtp_trainer.telemetry import say
+from dtp_trainer.session.stop import SessionError
+from dtp_trainer.session.telemetry import say
 
 _DIGITS_SHA256 = "09f66e6debdee2cd2b5ae59e0d6abbb73fc2b0e0185d2e1957e9ebb51e23aa22"
 _KJV_SHA256 = "03e4a9e2d4ecfacba60b943dc6ce3d0cc8729ba1e128d82dbd2e6e48c77c8afa"

@@ -23,17 +23,17 @@ import torch
 from torch import Tensor, nn
 from torch.optim import Optimizer
 
-from dtp_trainer import course
-from dtp_trainer.agreement import Decision, Leave
-from dtp_trainer.checkpoint import LoadedCheckpoint
-from dtp_trainer.distributed import join, wrapped
-from dtp_trainer.keeper import Kept, Snapshot, open_keeper
-from dtp_trainer.loader import Collate, Dataset, Loader, to_device
+from dtp_trainer.checkpoints.checkpoint import LoadedCheckpoint
 from dtp_trainer.sampler import Lanes, SamplerError
-from dtp_trainer.state import Stateful, TrainingState
-from dtp_trainer.stop import Paused, SessionError, StopRequest
+from dtp_trainer.session import course
+from dtp_trainer.session.agreement import Decision, Leave
+from dtp_trainer.session.distributed import join, wrapped
+from dtp_trainer.session.keeper import Kept, Snapshot, open_keeper
+from dtp_trainer.session.loader import Collate, Dataset, Loader, to_device
+from dtp_trainer.session.state import Stateful, TrainingState
+from dtp_trainer.session.stop import Paused, SessionError, StopRequest
+from dtp_trainer.session.telemetry import Position, Stopwatch, Telemetry, Value, say, say_warnings
 from dtp_trainer.storage import StorageError
-from dtp_trainer.telemetry import Position, Stopwatch, Telemetry, Value, say, say_warnings
 from dtp_trainer.wire import Env, ExitCode
 
 PEERS_WORD_S = 2.0

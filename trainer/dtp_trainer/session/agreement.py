@@ -7,7 +7,7 @@ from collections.abc import Callable
 from dataclasses import dataclass
 from enum import IntEnum
 
-from dtp_trainer.distributed import World
+from dtp_trainer.session.distributed import World
 
 ASK_EVERY_S = 0.05
 ASK_WITHIN_STEPS = 16

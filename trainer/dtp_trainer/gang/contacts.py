@@ -7,9 +7,9 @@ import contextlib
 import logging
 from collections.abc import Awaitable, Callable, Collection
 
-from dtp_trainer import steady
-from dtp_trainer.links import Link
-from dtp_trainer.messages import FromLeader, Hello, Message, Pulse
+from dtp_trainer.gang.links import Link
+from dtp_trainer.gang.messages import FromLeader, Hello, Message, Pulse
+from dtp_trainer.worker import steady
 
 PULSE_S = 1.0
 LOST_AFTER_S = 5.0

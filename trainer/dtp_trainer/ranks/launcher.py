@@ -19,11 +19,19 @@ from pathlib import Path
 from types import TracebackType
 from typing import Self
 
-from dtp_trainer import program
-from dtp_trainer.bootstrap import Order, inherited
-from dtp_trainer.rank_process import READY_S, Lost, Parent, RankExit, RankProcess, RankSpec, Refused
-from dtp_trainer.zygote import PRELOAD
-from dtp_trainer.zygote_client import Unreachable, connect_cold, connect_warm, warm_path
+from dtp_trainer.ranks import program
+from dtp_trainer.ranks.bootstrap import Order, inherited
+from dtp_trainer.ranks.process import (
+    READY_S,
+    Lost,
+    Parent,
+    RankExit,
+    RankProcess,
+    RankSpec,
+    Refused,
+)
+from dtp_trainer.ranks.zygote import PRELOAD
+from dtp_trainer.ranks.zygote_client import Unreachable, connect_cold, connect_warm, warm_path
 
 __all__ = ["RankError", "RankExit", "RankLauncher", "RankProcess", "RankSpec", "is_forkable"]
 

@@ -9,9 +9,9 @@ import time
 from collections.abc import Iterable
 from dataclasses import dataclass
 
-from dtp_trainer import heads, manifest
-from dtp_trainer.heads import Retention
-from dtp_trainer.manifest import DamagedCheckpoint, Manifest, Share, share_file
+from dtp_trainer.checkpoints import heads, manifest
+from dtp_trainer.checkpoints.heads import Retention
+from dtp_trainer.checkpoints.manifest import DamagedCheckpoint, Manifest, Share, share_file
 from dtp_trainer.storage import NotFound, Storage, StorageError
 from dtp_trainer.wire import CheckpointEntry, CheckpointHead
 

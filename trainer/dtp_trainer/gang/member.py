@@ -5,11 +5,8 @@ from __future__ import annotations
 import asyncio
 from typing import assert_never
 
-from dtp_trainer.crew import Crew
-from dtp_trainer.hosts import listens
-from dtp_trainer.lines import Lines
-from dtp_trainer.links import Link
-from dtp_trainer.messages import (
+from dtp_trainer.gang.links import Link
+from dtp_trainer.gang.messages import (
     AskPort,
     Beat,
     Dismiss,
@@ -24,9 +21,12 @@ from dtp_trainer.messages import (
     RanksGone,
     Start,
 )
-from dtp_trainer.ports import HeldPort
-from dtp_trainer.ranks import RankLauncher
+from dtp_trainer.gang.ports import HeldPort
+from dtp_trainer.ranks.launcher import RankLauncher
 from dtp_trainer.wire import Host, Launch, Window
+from dtp_trainer.worker.crew import Crew
+from dtp_trainer.worker.hosts import listens
+from dtp_trainer.worker.lines import Lines
 
 BEAT_S = 1.0
 LOST_AFTER_S = 5.0

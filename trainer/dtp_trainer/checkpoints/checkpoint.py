@@ -2,7 +2,7 @@
 
 Each rank writes its share of the state to ``checkpoints/<name>/rank-….safetensors`` and a note
 beside it. Rank 0 waits for all notes, writes the manifest and commits the checkpoint to the head by
-compare-and-set, which a newer generation refuses. `dtp_trainer.heads` has the fence and retention.
+compare-and-set, which a newer generation refuses. `heads` has the fence and the retention.
 """
 
 from __future__ import annotations
@@ -18,13 +18,13 @@ from typing import Any
 
 import torch
 
-from dtp_trainer import heads, manifest, tensorfile
-from dtp_trainer.commit import Committer, Gathering, note_key
-from dtp_trainer.heads import Fenced, Retention
-from dtp_trainer.manifest import DamagedCheckpoint, Manifest, Share, share_file
+from dtp_trainer.checkpoints import heads, manifest, tensorfile
+from dtp_trainer.checkpoints.commit import Committer, Gathering, note_key
+from dtp_trainer.checkpoints.heads import Fenced, Retention
+from dtp_trainer.checkpoints.manifest import DamagedCheckpoint, Manifest, Share, share_file
+from dtp_trainer.checkpoints.tensorfile import Malformed, Staging
+from dtp_trainer.checkpoints.tree import Json, Tensors, UnsupportedState, flatten, unflatten
 from dtp_trainer.storage import NotFound, Storage, StorageError, Unreadable
-from dtp_trainer.tensorfile import Malformed, Staging
-from dtp_trainer.tree import Json, Tensors, UnsupportedState, flatten, unflatten
 from dtp_trainer.wire import CheckpointEntry, checkpoint_name
 
 _log = logging.getLogger(__name__)

@@ -11,9 +11,26 @@ import logging
 from collections.abc import Callable, Coroutine
 from typing import assert_never
 
-from dtp_trainer import gang, heads, links, steady
-from dtp_trainer.contacts import Contacts
-from dtp_trainer.gang_state import (
+from dtp_trainer.checkpoints import heads
+from dtp_trainer.gang import links
+from dtp_trainer.gang import rules as gang
+from dtp_trainer.gang.contacts import Contacts
+from dtp_trainer.gang.messages import (
+    AskPort,
+    Dismiss,
+    Drain,
+    Hello,
+    Kill,
+    Leaving,
+    Message,
+    Port,
+    RankExited,
+    RanksGone,
+    Start,
+)
+from dtp_trainer.gang.messages import Beat as MemberBeat
+from dtp_trainer.gang.office import Deposed, Office, raise_fence, unseen
+from dtp_trainer.gang.state import (
     Committed,
     DismissWorker,
     DrainRanks,
@@ -33,23 +50,9 @@ from dtp_trainer.gang_state import (
     Tick,
     Unprepared,
 )
-from dtp_trainer.messages import (
-    AskPort,
-    Dismiss,
-    Drain,
-    Hello,
-    Kill,
-    Leaving,
-    Message,
-    Port,
-    RankExited,
-    RanksGone,
-    Start,
-)
-from dtp_trainer.messages import Beat as MemberBeat
-from dtp_trainer.office import Deposed, Office, raise_fence, unseen
 from dtp_trainer.storage import Storage, StorageError
 from dtp_trainer.wire import ExitCode, GangEvent, Launch
+from dtp_trainer.worker import steady
 
 PUBLISH_EVERY_S = 1.0
 ANSWER_S = 5.0

@@ -20,7 +20,7 @@ from collections.abc import Mapping, Sequence
 from pathlib import Path
 from typing import IO
 
-from dtp_trainer.zygote import peer_uid
+from dtp_trainer.ranks.zygote import peer_uid
 
 _LONGEST_PATH = 100
 """Bytes; `sockaddr_un` holds 107."""
@@ -76,7 +76,7 @@ async def connect_cold() -> socket.socket:
             raise Unreachable(f"cannot start {sys.executable}: {error.strerror}") from error
     if code:
         ours.close()
-        raise Unreachable(f"{sys.executable} -m dtp_trainer.zygote exited with {code}")
+        raise Unreachable(f"{sys.executable} -m dtp_trainer.ranks.zygote exited with {code}")
     ours.setblocking(False)  # noqa: FBT003
     return ours
 
@@ -116,7 +116,7 @@ async def _run(
 ) -> int:
     """Start it in a session of its own; its exit code once it has gone to the background."""
     process = await asyncio.create_subprocess_exec(
-        *(sys.executable, "-P", "-m", "dtp_trainer.zygote", *arguments),
+        *(sys.executable, "-P", "-m", "dtp_trainer.ranks.zygote", *arguments),
         stdin=DEVNULL,
         stdout=output,
         stderr=output,
@@ -158,7 +158,7 @@ def _stamp(package: str) -> int:
     if spec is None or spec.origin is None:
         return 0
     origin = Path(spec.origin)
-    files = origin.parent.glob("*.py") if package == "dtp_trainer" else (origin,)
+    files = origin.parent.rglob("*.py") if package == "dtp_trainer" else (origin,)
     return max((file.stat().st_mtime_ns for file in files if file.exists()), default=0)
 
 

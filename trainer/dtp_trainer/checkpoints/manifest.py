@@ -11,7 +11,7 @@ from collections.abc import Callable, Mapping
 from dataclasses import dataclass
 from typing import IO, Any
 
-from dtp_trainer.heads import FOLDER
+from dtp_trainer.checkpoints.heads import FOLDER
 from dtp_trainer.storage import NotFound, Storage, StorageError, Unreadable
 from dtp_trainer.wire import CheckpointEntry
 

@@ -6,7 +6,7 @@ import dataclasses
 from collections.abc import Iterable, Mapping
 
 from dtp_trainer import wire
-from dtp_trainer.messages import Beat, RankExited
+from dtp_trainer.gang.messages import Beat, RankExited
 
 TREND_WINDOWS = 16
 

@@ -7,7 +7,7 @@ import json
 from collections.abc import Mapping
 from pathlib import Path
 
-from dtp_trainer.messages import Start
+from dtp_trainer.gang.messages import Start
 from dtp_trainer.wire import Env, Launch
 
 

@@ -8,9 +8,9 @@ import os
 import signal
 from collections import deque
 
-from dtp_trainer import blame
-from dtp_trainer.lines import TAIL_LINES, Lines, pump
+from dtp_trainer.gang import blame
 from dtp_trainer.wire import Env, Launch
+from dtp_trainer.worker.lines import TAIL_LINES, Lines, pump
 
 
 class SetupFailed(Exception):

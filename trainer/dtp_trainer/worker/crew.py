@@ -16,13 +16,13 @@ from typing import Any
 
 import psutil
 
-from dtp_trainer import blame
-from dtp_trainer.folding import Folder, StepTail
-from dtp_trainer.lines import TAIL_LINES, Lines, pump
-from dtp_trainer.messages import RankExited, Start
-from dtp_trainer.rank_env import job_env, rank_env
-from dtp_trainer.ranks import RankError, RankLauncher, RankProcess, RankSpec
+from dtp_trainer.gang import blame
+from dtp_trainer.gang.messages import RankExited, Start
+from dtp_trainer.ranks.launcher import RankError, RankLauncher, RankProcess, RankSpec
 from dtp_trainer.wire import RANKS_FOLDER, Launch, ProcessRecord, Window, encode_object
+from dtp_trainer.worker.folding import Folder, StepTail
+from dtp_trainer.worker.lines import TAIL_LINES, Lines, pump
+from dtp_trainer.worker.rank_env import job_env, rank_env
 
 POLL_S = 0.2
 WINDOW_S = 1.0

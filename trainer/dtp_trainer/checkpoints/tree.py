@@ -17,7 +17,7 @@ from typing import Any, TypeAlias
 import numpy as np
 import torch
 
-from dtp_trainer.tensorfile import supported
+from dtp_trainer.checkpoints.tensorfile import supported
 
 Json: TypeAlias = Any
 Tensors: TypeAlias = dict[str, torch.Tensor]

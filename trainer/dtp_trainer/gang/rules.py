@@ -11,9 +11,11 @@ from collections.abc import Iterator
 from dataclasses import replace
 from typing import TypeAlias, assert_never
 
-from dtp_trainer import blame, progress, roster
-from dtp_trainer.gang_facts import absorb, lose, removed, told
-from dtp_trainer.gang_state import (
+from dtp_trainer.gang import blame, progress, roster
+from dtp_trainer.gang.facts import absorb, lose, removed, told
+from dtp_trainer.gang.messages import RankExited
+from dtp_trainer.gang.roster import Seat
+from dtp_trainer.gang.state import (
     Cause,
     DismissWorker,
     DrainRanks,
@@ -29,8 +31,6 @@ from dtp_trainer.gang_state import (
     StartSeat,
     State,
 )
-from dtp_trainer.messages import RankExited
-from dtp_trainer.roster import Seat
 from dtp_trainer.wire import ExitCode
 
 SETTLE_S = 0.25

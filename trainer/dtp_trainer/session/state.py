@@ -10,9 +10,9 @@ from torch import Tensor, nn
 from torch.nn.parallel import DistributedDataParallel
 from torch.optim import Optimizer
 
-from dtp_trainer import randomness
-from dtp_trainer.checkpoint import LoadedCheckpoint, StateBundle
-from dtp_trainer.distributed import World
+from dtp_trainer.checkpoints.checkpoint import LoadedCheckpoint, StateBundle
+from dtp_trainer.session import randomness
+from dtp_trainer.session.distributed import World
 
 
 class Stateful(Protocol):

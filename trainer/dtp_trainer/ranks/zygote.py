@@ -1,7 +1,7 @@
 """The warm process: imports what ranks need, starts no thread, then forks a rank for whoever asks.
 
-``python -P -m dtp_trainer.zygote --socket PATH`` serves every agent of this user on this machine
-and leaves when nobody was connected for a while; ``--fd N`` is the cold form, which imports
+``python -P -m dtp_trainer.ranks.zygote --socket PATH`` serves every agent of this user on this
+machine and leaves when nobody was connected for a while; ``--fd N`` is the cold form, which imports
 nothing, serves one connection and only executes.
 
 On a stream socket, messages are ``<4 bytes length><JSON>``. A client says ``{"idle_s": …}``
@@ -33,8 +33,8 @@ from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any
 
-from dtp_trainer import bootstrap
-from dtp_trainer.bootstrap import Birth, Order
+from dtp_trainer.ranks import bootstrap
+from dtp_trainer.ranks.bootstrap import Birth, Order
 
 PRELOAD = (
     "numpy",
@@ -413,7 +413,7 @@ def _identity(path: Path) -> tuple[int, int]:
 
 
 def _arguments() -> argparse.Namespace:
-    parser = argparse.ArgumentParser(prog="dtp_trainer.zygote")
+    parser = argparse.ArgumentParser(prog="dtp_trainer.ranks.zygote")
     parser.add_argument("--socket", type=Path)
     parser.add_argument("--fd", type=int)
     parser.add_argument("--preload", default="")

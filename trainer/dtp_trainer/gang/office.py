@@ -7,10 +7,11 @@ import time
 from collections.abc import Callable
 from dataclasses import replace
 
-from dtp_trainer import election, heads
-from dtp_trainer.election import Mandate
-from dtp_trainer.gang_state import State
-from dtp_trainer.report import report
+from dtp_trainer.checkpoints import heads
+from dtp_trainer.gang import election
+from dtp_trainer.gang.election import Mandate
+from dtp_trainer.gang.report import report
+from dtp_trainer.gang.state import State
 from dtp_trainer.storage import Conflict, Storage, StorageError
 from dtp_trainer.wire import GANG_KEY, CheckpointEntry, CheckpointHead, encode_object
 

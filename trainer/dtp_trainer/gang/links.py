@@ -13,9 +13,9 @@ import json
 import secrets
 from collections.abc import Mapping
 
-from dtp_trainer import steady
-from dtp_trainer.messages import Malformed, Message, decode, encode
+from dtp_trainer.gang.messages import Malformed, Message, decode, encode
 from dtp_trainer.wire import Launch
+from dtp_trainer.worker import steady
 
 HANDSHAKE_S = 5.0
 CONNECT_S = 3.0

@@ -16,8 +16,8 @@ from typing import Any
 
 import psutil
 
-from dtp_trainer.bootstrap import Order
-from dtp_trainer.zygote import Inbox, frame
+from dtp_trainer.ranks.bootstrap import Order
+from dtp_trainer.ranks.zygote import Inbox, frame
 
 READY_S = 120.0
 """Torch takes 2 to 10 s to import; a cold disk can take ten times that."""

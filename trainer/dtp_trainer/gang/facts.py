@@ -5,8 +5,10 @@ from __future__ import annotations
 from dataclasses import replace
 from typing import assert_never
 
-from dtp_trainer import progress, roster
-from dtp_trainer.gang_state import (
+from dtp_trainer.gang import progress, roster
+from dtp_trainer.gang.messages import Beat, Hello, Leaving, Port, RankExited, RanksGone
+from dtp_trainer.gang.roster import Peer
+from dtp_trainer.gang.state import (
     Committed,
     FromMember,
     Input,
@@ -18,8 +20,6 @@ from dtp_trainer.gang_state import (
     Tick,
     Unprepared,
 )
-from dtp_trainer.messages import Beat, Hello, Leaving, Port, RankExited, RanksGone
-from dtp_trainer.roster import Peer
 
 RETRY_S = 1.0
 

@@ -7,7 +7,7 @@ import signal
 from collections.abc import Iterable, Sequence
 from pathlib import PurePath
 
-from dtp_trainer.messages import RankExited
+from dtp_trainer.gang.messages import RankExited
 from dtp_trainer.wire import ExitCode
 
 _PEER_ERRORS = re.compile(

@@ -1,4 +1,4 @@
-"""What the leader of a gang knows, hears and does: the values of the state machine in `gang.py`."""
+"""What the leader of a gang knows, hears and does: the values of its state machine (`rules.py`)."""
 
 from __future__ import annotations
 
@@ -7,10 +7,10 @@ from dataclasses import dataclass, field
 from enum import StrEnum
 from typing import TypeAlias, assert_never
 
-from dtp_trainer.chronicle import Chronicle
-from dtp_trainer.messages import Beat, Hello, Leaving, Port, RankExited, RanksGone
-from dtp_trainer.progress import Progress, Stall
-from dtp_trainer.roster import Peer, Seat
+from dtp_trainer.gang.chronicle import Chronicle
+from dtp_trainer.gang.messages import Beat, Hello, Leaving, Port, RankExited, RanksGone
+from dtp_trainer.gang.progress import Progress, Stall
+from dtp_trainer.gang.roster import Peer, Seat
 from dtp_trainer.wire import CheckpointEntry, GangPhase
 
 

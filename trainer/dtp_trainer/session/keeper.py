@@ -11,8 +11,7 @@ from dataclasses import dataclass
 from enum import IntEnum
 from typing import Any
 
-from dtp_trainer.agreement import Agreement, Decision, Leave
-from dtp_trainer.checkpoint import (
+from dtp_trainer.checkpoints.checkpoint import (
     Checkpointer,
     LoadedCheckpoint,
     Outcome,
@@ -21,12 +20,13 @@ from dtp_trainer.checkpoint import (
     load,
     load_newest,
 )
-from dtp_trainer.distributed import World
-from dtp_trainer.heads import Fenced, Retention
-from dtp_trainer.stop import SessionError, StopRequest
+from dtp_trainer.checkpoints.heads import Fenced, Retention
+from dtp_trainer.checkpoints.tree import UnsupportedState
+from dtp_trainer.session.agreement import Agreement, Decision, Leave
+from dtp_trainer.session.distributed import World
+from dtp_trainer.session.stop import SessionError, StopRequest
+from dtp_trainer.session.telemetry import say
 from dtp_trainer.storage import Storage, open_storage
-from dtp_trainer.telemetry import say
-from dtp_trainer.tree import UnsupportedState
 from dtp_trainer.wire import Env
 
 

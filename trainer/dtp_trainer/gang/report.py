@@ -4,11 +4,11 @@ from __future__ import annotations
 
 from dataclasses import replace
 
-from dtp_trainer import roster
-from dtp_trainer.chronicle import continued
-from dtp_trainer.gang_facts import told
-from dtp_trainer.gang_state import Phase, Rules, State
-from dtp_trainer.progress import Progress
+from dtp_trainer.gang import roster
+from dtp_trainer.gang.chronicle import continued
+from dtp_trainer.gang.facts import told
+from dtp_trainer.gang.progress import Progress
+from dtp_trainer.gang.state import Phase, Rules, State
 from dtp_trainer.wire import Gang, GangPhase, Launch, Member
 
 

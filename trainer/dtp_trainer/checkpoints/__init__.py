@@ -1,0 +1,1 @@
+"""Checkpoints: written in the background, committed behind a fence, verified when loaded."""

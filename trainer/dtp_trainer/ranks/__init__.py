@@ -1,0 +1,1 @@
+"""Starting ranks: forked from a warm process where that is possible, executed afresh otherwise."""
