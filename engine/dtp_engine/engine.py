@@ -108,6 +108,7 @@ class Engine:
         in the environment.
         """
         await self.check(spec)
+        await self.ensure_driver()  # it starts while the job is recorded
         key = key or secrets.token_hex(16)
         now = self._clock.now()
         job = Job(

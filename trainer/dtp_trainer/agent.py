@@ -42,6 +42,7 @@ STALE_S = 5.0
 RETRY_S = 0.2
 FAREWELL_S = 8.0
 """How long a leader may take to dismiss the others after its own worker was dismissed."""
+CLAIM_CHECK_S = 2.0
 OWN_SHARE_OF_GRACE = 0.9
 """Ranks are killed when this much of the grace is over; the rest is for the last words."""
 
@@ -57,8 +58,9 @@ class Ending:
 class Agent:
     """One worker, from its claim to its exit."""
 
-    def __init__(self, launch: Launch, lines: Lines, launcher: RankLauncher) -> None:
+    def __init__(self, launch: Launch, folder: Path, lines: Lines, launcher: RankLauncher) -> None:
         self._launch, self._lines, self._launcher = launch, lines, launcher
+        self._folder = folder
         self._storage: Storage = open_storage(launch.storage)
         self._member = Member(launch, launcher=launcher, lines=lines)
         self._leading: asyncio.Task[None] | None = None
@@ -68,7 +70,7 @@ class Agent:
         self._refused_at: str | None = None
         """The tag of ``gang.json`` when this worker was first refused at the leader's address."""
         self._storage_trouble = ""
-        self._given_up = "left as asked, before it took part"
+        self._given_up = Ending(ExitCode.PAUSED, "left as asked, before it took part")
         self._farewell_s = FAREWELL_S
 
     async def run(self) -> Ending:
@@ -84,11 +86,13 @@ class Agent:
         )
         sampler.start()
         self._working = loop.create_task(self._work())
+        guarding = loop.create_task(self._guard_claim())
         try:
             return await self._working
         except asyncio.CancelledError:
-            return Ending(ExitCode.PAUSED, self._given_up)
+            return self._given_up
         finally:
+            guarding.cancel()
             sampler.stop()
             await self._stop_leading()
 
@@ -106,7 +110,20 @@ class Agent:
         loop.call_later(self._launch.grace_s, self._give_up)
 
     def _give_up(self) -> None:
-        self._given_up = "left as asked; its leader did not let it go in time"
+        why = "left as asked; its leader did not let it go in time"
+        self._drop_everything(Ending(ExitCode.PAUSED, why))
+
+    async def _guard_claim(self) -> None:
+        """A worker whose folder was removed belongs to no job, and nobody would ever stop it."""
+        gone = False
+        while not gone:
+            await asyncio.sleep(CLAIM_CHECK_S)
+            gone = await asyncio.to_thread(claims.is_gone, self._folder)
+        self._member.kill()
+        self._drop_everything(Ending(ExitCode.FENCED, "the folder of this worker was removed"))
+
+    def _drop_everything(self, ending: Ending) -> None:
+        self._given_up = ending
         self._farewell_s = 0.0
         if self._working is not None:
             self._working.cancel()
@@ -274,19 +291,19 @@ def _soon(loop: asyncio.AbstractEventLoop, call: Callable[[], None]) -> None:
         loop.call_soon_threadsafe(call)
 
 
-async def _live(launch: Launch, lines: Lines) -> Ending:
+async def _live(launch: Launch, folder: Path, lines: Lines) -> Ending:
     zygotes = Path(launch.zygotes)
     async with RankLauncher(zygotes=zygotes, idle_s=launch.zygote_idle_s) as launcher:
-        return await Agent(launch, lines, launcher).run()
+        return await Agent(launch, folder, lines, launcher).run()
 
 
-def _work(launch: Launch, lines: Lines) -> Ending:
+def _work(launch: Launch, folder: Path, lines: Lines) -> Ending:
     """A mistake of ours ends the worker with one line; the rest is in a file."""
     loop = asyncio.new_event_loop()
     asyncio.set_event_loop(loop)
     loop.set_exception_handler(lambda _, context: log.error("%s", _one_line(context)))
     try:
-        return loop.run_until_complete(_live(launch, lines))
+        return loop.run_until_complete(_live(launch, folder, lines))
     except Exception as error:  # noqa: BLE001 - the last one who can say why the worker ended
         with contextlib.suppress(OSError):
             (Path(launch.scratch) / "agent-error.txt").write_text(traceback.format_exc())
@@ -329,7 +346,7 @@ def main() -> int:
         return ExitCode.FENCED
     _be_independent()
     logging.getLogger("dtp").addHandler(_LogLines(lines, source))
-    ending = _work(launch, lines)
+    ending = _work(launch, path.parent, lines)
     ended = Exit(time.time(), launch.worker, ending.code, ending.reason)
     lines.record(ended)
     with contextlib.suppress(OSError):

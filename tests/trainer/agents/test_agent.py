@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import json
 import os
+import shutil
 import signal
 import sys
 from typing import TYPE_CHECKING
@@ -63,6 +64,15 @@ def test_second_claim_leaves_no_trace(job: Job) -> None:
     assert worker.ended() == 0
     assert worker.exit()["code"] == 0
     assert job.spawn(worker.folder).wait(20) == wire.ExitCode.FENCED
+
+
+def test_a_removed_state_folder_ends_the_worker(job: Job) -> None:
+    """Nobody could ever find or stop it again, so it leaves by itself, with its ranks."""
+    (worker,) = job.train(1, "--steps", "1000000")
+    job.until(lambda: (gang := job.gang()) is not None and gang.step is not None)
+    shutil.rmtree(worker.folder, ignore_errors=True)
+    shutil.rmtree(job.storage, ignore_errors=True)
+    assert worker.ended() == wire.ExitCode.FENCED
 
 
 def test_setup_runs_once_in_the_workdir(job: Job) -> None:

@@ -29,6 +29,17 @@ def take_claim(folder: Path) -> bool:
     return True
 
 
+def is_gone(folder: Path) -> bool:
+    """Somebody removed the claim; a disk that does not answer is no such sign."""
+    try:
+        (folder / CLAIM_FILE).stat()
+    except (FileNotFoundError, NotADirectoryError):
+        return True
+    except OSError:
+        return False
+    return False
+
+
 def write_exit(folder: Path, ended: Exit) -> None:
     """Raises `OSError`."""
     _draft(folder / EXIT_FILE, encode_object(ended)).replace(folder / EXIT_FILE)
