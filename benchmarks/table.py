@@ -1,0 +1,90 @@
+"""The README's figures, made from results/*.json: `python -m benchmarks.table` rewrites them."""
+
+from __future__ import annotations
+
+import json
+from typing import Any
+
+from benchmarks.measure import HERE, RESULTS
+
+README = HERE.parent / "README.md"
+BEGIN, END = "<!-- figures -->\n", "<!-- /figures -->\n"
+
+
+def table() -> str:
+    """Markdown; each row names its file."""
+    launch, recovery = _read("launch"), _read("recovery")
+    overhead, commands = _read("overhead"), _read("commands")
+    ratio, first = launch["ratio_to_torchrun"], launch["first_step_s"]
+    kill = recovery["kill_to_first_step_s"]
+    wall = commands["seconds"]
+    rows = [
+        (
+            "command → first step, nothing warm",
+            _s(first["dtp cold"]),
+            f"torchrun {_s(first['torchrun'])} ({ratio['dtp cold']['first_step']:.2f} of it)",
+            "launch",
+        ),
+        (
+            "command → first step, warm",
+            _s(first["dtp warm"]),
+            f"torchrun {_s(first['torchrun'])} ({ratio['dtp warm']['first_step']:.2f} of it)",
+            "launch",
+        ),
+        (
+            "command → exit of a short job, warm",
+            _s(launch["exit_s"]["dtp warm"]),
+            f"torchrun {_s(launch['exit_s']['torchrun'])} ({ratio['dtp warm']['exit']:.2f} of it)",
+            "launch",
+        ),
+        (
+            "kill -9 of a rank → both ranks step again",
+            f"{_s(kill['dtp'])}, {_hangs(recovery, 'dtp')}",
+            f"torchrun {_s(kill['torchrun'])}, {_hangs(recovery, 'torchrun')}",
+            "recovery",
+        ),
+        (
+            "a step with `Session`",
+            f"{overhead['ratio_of_medians']:.3f} times",
+            "the bare loop, interleaved in one process",
+            "overhead",
+        ),
+        (
+            "`dtp --version`, `--help`, `ps --json`",
+            ", ".join(_s(wall[f"dtp {name}"]) for name in ("--version", "--help", "ps --json")),
+            f"`torchrun --help` {_s(wall['torchrun --help'])}",
+            "commands",
+        ),
+    ]
+    lines = ["| what | dtp | beside | file |", "|---|---|---|---|"]
+    for what, ours, beside, name in rows:
+        lines.append(f"| {what} | {ours} | {beside} | [{name}](benchmarks/results/{name}.json) |")
+    return "\n".join(lines) + "\n"
+
+
+def in_readme() -> str:
+    """The table as the README has it."""
+    return README.read_text().partition(BEGIN)[2].partition(END)[0].strip() + "\n"
+
+
+def main() -> None:
+    before, _, rest = README.read_text().partition(BEGIN)
+    README.write_text(f"{before}{BEGIN}\n{table()}\n{END}{rest.partition(END)[2]}")
+
+
+def _read(name: str) -> dict[str, Any]:
+    found: dict[str, Any] = json.loads((RESULTS / f"{name}.json").read_text())
+    return found
+
+
+def _s(found: dict[str, float]) -> str:
+    return f"{found['median']:.2f} s"
+
+
+def _hangs(recovery: dict[str, Any], name: str) -> str:
+    hung = recovery["hangs"][name]
+    return f"{hung} hangs of {recovery['kill_to_first_step_s'][name]['n'] + hung}"
+
+
+if __name__ == "__main__":
+    main()
