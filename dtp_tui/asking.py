@@ -5,9 +5,10 @@ from __future__ import annotations
 from datetime import datetime
 from typing import TYPE_CHECKING, assert_never
 
-from dtp_engine.engine import Engine, JobView
+from dtp_engine.engine import Engine
 from dtp_engine.errors import DtpError
 from dtp_engine.jobs import Job
+from dtp_engine.views import JobView
 from dtp_tui import consequences, labels
 from dtp_tui.labels import Tone
 from dtp_tui.messages import Verb, Wish

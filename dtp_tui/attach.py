@@ -9,8 +9,9 @@ from contextlib import suppress
 from typing import Any, Protocol, TypeAlias, TypeVar
 
 from dtp_engine.backend import LogLine
-from dtp_engine.engine import Engine, JobView
+from dtp_engine.engine import Engine
 from dtp_engine.jobs import Event, Job
+from dtp_engine.views import JobView
 from dtp_tui.training import Progress
 
 T = TypeVar("T")

@@ -6,8 +6,8 @@ from dataclasses import dataclass
 from datetime import datetime
 from typing import assert_never
 
-from dtp_engine.engine import JobView
 from dtp_engine.jobs import Intent, Job, JobState
+from dtp_engine.views import JobView
 from dtp_trainer import wire
 from dtp_tui import labels
 from dtp_tui.messages import Verb

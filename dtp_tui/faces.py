@@ -7,8 +7,8 @@ from datetime import UTC, datetime
 from typing import Any
 
 from dtp_engine.backend import LogLine
-from dtp_engine.engine import JobView
 from dtp_engine.jobs import Event
+from dtp_engine.views import JobView
 from dtp_trainer import wire
 from dtp_tui import labels, records
 from dtp_tui.attach import Happening

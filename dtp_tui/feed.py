@@ -15,10 +15,11 @@ from datetime import UTC, datetime
 
 from textual.message import Message
 
-from dtp_engine.engine import Engine, JobView
+from dtp_engine.engine import Engine
 from dtp_engine.errors import DtpError
 from dtp_engine.jobs import Attempt, Event
 from dtp_engine.series import MetricHistory
+from dtp_engine.views import JobView
 from dtp_trainer import wire
 from dtp_tui.messages import ClusterPicture, ClusterPolled, JobPicture, JobPolled, LinesArrived
 from dtp_tui.widgets.log_buffer import CAPACITY, LogEntry, entry

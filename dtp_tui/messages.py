@@ -13,9 +13,9 @@ from textual.message import Message
 
 from dtp_engine.backend import Capacity
 from dtp_engine.driver import Driver
-from dtp_engine.engine import JobView
 from dtp_engine.jobs import Attempt, Event
 from dtp_engine.series import MetricHistory
+from dtp_engine.views import JobView
 from dtp_trainer import wire
 from dtp_tui.widgets.log_buffer import LogEntry
 

@@ -8,8 +8,8 @@ from rich.table import Column
 from rich.text import Text
 
 from dtp_engine.backend import LogLine
-from dtp_engine.engine import JobView
 from dtp_engine.jobs import Event
+from dtp_engine.views import JobView
 from dtp_tui import labels, lines
 from dtp_tui.attach import Happening
 from dtp_tui.faces import event_line

@@ -10,8 +10,8 @@ from collections.abc import Mapping
 from datetime import UTC, datetime
 from typing import Any
 
-from dtp_engine.engine import JobView
 from dtp_engine.jobs import Attempt, Event, JobSpec
+from dtp_engine.views import JobView
 from dtp_trainer import wire
 from dtp_tui import labels
 

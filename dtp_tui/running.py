@@ -6,8 +6,9 @@ from collections.abc import Awaitable, Mapping
 from datetime import UTC, datetime
 from typing import Any
 
-from dtp_engine.engine import Engine, JobView
+from dtp_engine.engine import Engine
 from dtp_engine.jobs import Job, JobSpec, JobState, Reason
+from dtp_engine.views import JobView
 from dtp_tui import labels
 from dtp_tui.attach import Detached, Face, follow
 from dtp_tui.faces import JsonFace, PlainFace

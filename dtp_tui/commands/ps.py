@@ -12,7 +12,7 @@ from dtp_tui.commands.options import JsonOption
 if TYPE_CHECKING:
     from datetime import datetime
 
-    from dtp_engine.engine import JobView
+    from dtp_engine.views import JobView
     from dtp_tui.output import Output
     from dtp_tui.tables import Row
 

@@ -8,8 +8,9 @@ from typing import TYPE_CHECKING, Any
 from dtp_tui.commands.options import JobArgument, JsonOption
 
 if TYPE_CHECKING:
-    from dtp_engine.engine import Engine, JobView
+    from dtp_engine.engine import Engine
     from dtp_engine.jobs import Attempt, Event
+    from dtp_engine.views import JobView
     from dtp_trainer.wire import CheckpointEntry
     from dtp_tui.output import Output
 

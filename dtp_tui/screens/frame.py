@@ -12,7 +12,7 @@ from textual.containers import Vertical
 from textual.screen import Screen
 from textual.widget import Widget
 
-from dtp_engine.engine import JobView
+from dtp_engine.views import JobView
 from dtp_tui import consequences
 from dtp_tui.commandline import suggestions
 from dtp_tui.labels import Tone

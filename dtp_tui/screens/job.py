@@ -11,7 +11,7 @@ from textual.binding import Binding, BindingType
 from textual.widget import Widget
 from textual.widgets import ContentSwitcher
 
-from dtp_engine.engine import JobView
+from dtp_engine.views import JobView
 from dtp_tui import labels
 from dtp_tui.commandline import TABS
 from dtp_tui.messages import ClusterPicture, JobPicture, LinesArrived

@@ -10,7 +10,7 @@ from textual.binding import Binding, BindingType
 from textual.timer import Timer
 from textual.widget import Widget
 
-from dtp_engine.engine import JobView
+from dtp_engine.views import JobView
 from dtp_tui.messages import ClusterPicture, JobPicture
 from dtp_tui.screens.frame import Frame, crumb_line
 from dtp_tui.widgets.jobs_table import JobsTable, filtered

@@ -9,7 +9,7 @@ from textual import on
 from textual.widget import Widget
 from textual.widgets import Button
 
-from dtp_engine.engine import JobView
+from dtp_engine.views import JobView
 from dtp_trainer import wire
 from dtp_tui import consequences
 from dtp_tui.screens.confirm import Dialog

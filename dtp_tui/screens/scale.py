@@ -9,7 +9,7 @@ from textual.binding import Binding, BindingType
 from textual.reactive import reactive
 from textual.widget import Widget
 
-from dtp_engine.engine import JobView
+from dtp_engine.views import JobView
 from dtp_tui import consequences
 from dtp_tui.labels import Tone
 from dtp_tui.screens.confirm import Dialog

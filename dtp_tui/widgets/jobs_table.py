@@ -9,9 +9,9 @@ from typing import ClassVar
 
 from textual.binding import Binding, BindingType
 
-from dtp_engine.engine import JobView
 from dtp_engine.jobs import Job, JobState, Reason
 from dtp_engine.series import sparkline
+from dtp_engine.views import JobView
 from dtp_trainer import wire
 from dtp_tui import labels
 from dtp_tui.labels import Tone

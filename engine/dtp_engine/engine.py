@@ -9,16 +9,14 @@ import hashlib
 import os
 import secrets
 import time
-from collections.abc import AsyncIterator, Callable, Sequence
-from dataclasses import dataclass
+from collections.abc import AsyncIterator, Sequence
 from types import TracebackType
 from typing import Self, TypeVar
 
 from dtp_engine import checkpoints
 from dtp_engine.backend import Backend, Capacity, Cursor, LogLine
-from dtp_engine.backends import Parts, job_storage_uri, keep_secrets, open_parts
+from dtp_engine.backends import Parts, keep_secrets, open_parts
 from dtp_engine.clock import Clock, RealClock
-from dtp_engine.door import Door
 from dtp_engine.driver import Driver, driver_of, start_controller, stop_controller
 from dtp_engine.errors import InfrastructureError, Refused, UnknownJob
 from dtp_engine.jobs import (
@@ -35,8 +33,8 @@ from dtp_engine.ledger import Ledger
 from dtp_engine.room import check_fits_ever
 from dtp_engine.series import MetricHistory
 from dtp_engine.settings import Settings
+from dtp_engine.views import JobStorages, JobView
 from dtp_trainer import wire
-from dtp_trainer.storage import Storage, open_storage
 
 T = TypeVar("T")
 
@@ -44,17 +42,6 @@ POLL_S = 0.05
 """How often a waiting client looks whether the ledger moved."""
 ANSWER_WITHIN_S = 20.0
 """A controller that starts cold answers in about one second."""
-
-
-@dataclass(frozen=True, slots=True)
-class JobView:
-    """A job with what its gang last said of itself."""
-
-    job: Job
-    gang: wire.Gang | None
-    """``gang.json`` of the current attempt; None before its first generation."""
-    checkpoint: wire.CheckpointEntry | None
-    """The one from which the job would go on."""
 
 
 class Engine:
@@ -69,8 +56,7 @@ class Engine:
         self._ledger: Ledger = parts.ledger
         self._backend: Backend = parts.backend
         self._clock = clock
-        self._storage = Door("dtp-storage", deadline_s=30)
-        self._ended: dict[str, JobView] = {}
+        self._storages = JobStorages(settings.home)
         self._started_at = -ANSWER_WITHIN_S
 
     @classmethod
@@ -91,7 +77,7 @@ class Engine:
     async def aclose(self) -> None:
         await self._backend.aclose()
         await self._ledger.aclose()
-        self._storage.close()
+        self._storages.close()
 
     # ------------------------------------------------------------------------- what a client asks
 
@@ -122,7 +108,7 @@ class Engine:
             created_by=self.settings.actor,
         )
         home = self.settings.home
-        await self._in_storage(lambda: keep_secrets(home, job.id, spec, os.environ))
+        await self._storages.run(lambda: keep_secrets(home, job.id, spec, os.environ))
         request = Request(key, RequestKind.SUBMIT, job.id, self.settings.actor, now)
         stored = await self._ledger.request(request, job=job)
         await self.ensure_driver()
@@ -134,8 +120,8 @@ class Engine:
     async def resume(self, ref: str, *, from_step: int | None = None) -> Job:
         """From the newest good checkpoint, or from the one of `from_step`."""
         if from_step is not None:
-            storage = self._job_storage((await self.find(ref)).id)
-            await self._in_storage(lambda: checkpoints.find(storage, str(from_step)))
+            job = await self.find(ref)
+            await self._storages.of(job.id, lambda s: checkpoints.find(s, str(from_step)))
         return await self._ask(RequestKind.RESUME, ref, from_step=from_step)
 
     async def scale(self, ref: str, workers: int) -> Job:
@@ -150,8 +136,9 @@ class Engine:
         return await self._ask(RequestKind.KILL, ref)
 
     async def pin(self, job_id: str, name_or_step: str, *, pinned: bool) -> wire.CheckpointEntry:
-        storage = self._job_storage(job_id)
-        return await self._in_storage(lambda: checkpoints.pin(storage, name_or_step, pinned=pinned))
+        return await self._storages.of(
+            job_id, lambda storage: checkpoints.pin(storage, name_or_step, pinned=pinned)
+        )
 
     # ------------------------------------------------------------------------- what a client reads
 
@@ -161,10 +148,10 @@ class Engine:
 
     async def jobs(self) -> Sequence[JobView]:
         """Oldest first."""
-        return await self._views(await self._ledger.jobs())
+        return await self._storages.views(await self._ledger.jobs())
 
     async def job(self, job_id: str) -> JobView:
-        return (await self._views([await self._read(job_id)]))[0]
+        return (await self._storages.views([await self._read(job_id)]))[0]
 
     async def attempts(self, job_id: str) -> Sequence[Attempt]:
         return await self._ledger.attempts([job_id])
@@ -241,7 +228,7 @@ class Engine:
 
     async def checkpoints(self, job_id: str) -> Sequence[wire.CheckpointEntry]:
         """Oldest first."""
-        return await self._in_storage(lambda: checkpoints.entries(self._job_storage(job_id)))
+        return await self._storages.of(job_id, checkpoints.entries)
 
     async def capacity(self) -> Capacity:
         return await self._backend.capacity()
@@ -311,27 +298,6 @@ class Engine:
         if job is None:
             raise UnknownJob(f"no job {job_id}; `dtp ps` lists them")
         return job
-
-    async def _views(self, jobs: Sequence[Job]) -> list[JobView]:
-        return await self._in_storage(lambda: [self._view(job) for job in jobs])
-
-    def _view(self, job: Job) -> JobView:
-        """What a job that has ended left behind is read once."""
-        if job.attempt == 0:
-            return JobView(job, None, None)
-        if (seen := self._ended.get(job.id)) is not None and seen.job == job:
-            return seen
-        storage = self._job_storage(job.id)
-        view = JobView(job, checkpoints.gang(storage, job.attempt), checkpoints.newest(storage))
-        if job.state.final:
-            self._ended[job.id] = view
-        return view
-
-    def _job_storage(self, job_id: str) -> Storage:
-        return open_storage(job_storage_uri(self.settings.home, job_id))
-
-    async def _in_storage(self, read: Callable[[], T]) -> T:
-        return await self._storage.run(read)
 
     async def _new_lines(self, attempt: Attempt, after: dict[int, str]) -> AsyncIterator[LogLine]:
         """Lines after the cursors, which move along."""

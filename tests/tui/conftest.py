@@ -16,7 +16,7 @@ from textual.pilot import Pilot
 
 from dtp_engine.backend import Capacity, LogLine, Machine
 from dtp_engine.driver import Driver
-from dtp_engine.engine import JobView, choose_job
+from dtp_engine.engine import choose_job
 from dtp_engine.errors import DtpError, Refused
 from dtp_engine.jobs import (
     Attempt,
@@ -30,6 +30,7 @@ from dtp_engine.jobs import (
     PlacementState,
     Resources,
 )
+from dtp_engine.views import JobView
 from dtp_trainer import wire
 from dtp_tui.dashboard import DtpApp, Source
 

@@ -1,0 +1,67 @@
+"""Jobs as clients see them: the ledger's word beside what lies in the storage of each job."""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Sequence
+from dataclasses import dataclass
+from pathlib import Path
+from typing import TypeVar
+
+from dtp_engine import checkpoints
+from dtp_engine.backends import job_storage_uri
+from dtp_engine.door import Door
+from dtp_engine.jobs import Job
+from dtp_trainer import wire
+from dtp_trainer.storage import Storage, open_storage
+
+T = TypeVar("T")
+
+
+@dataclass(frozen=True, slots=True)
+class JobView:
+    """A job with what its gang last said of itself."""
+
+    job: Job
+    gang: wire.Gang | None
+    """``gang.json`` of the current attempt; None before its first generation."""
+    checkpoint: wire.CheckpointEntry | None
+    """The one from which the job would go on."""
+
+
+class JobStorages:
+    """The storages of all jobs of one state folder, read beside the event loop."""
+
+    def __init__(self, home: Path) -> None:
+        self._home = home
+        self._door = Door("dtp-storage", deadline_s=30)
+        self._ended: dict[str, JobView] = {}
+
+    async def run(self, call: Callable[[], T]) -> T:
+        """A blocking call, in its turn."""
+        return await self._door.run(call)
+
+    async def of(self, job_id: str, call: Callable[[Storage], T]) -> T:
+        """A blocking call with the storage of one job."""
+        storage = self._open(job_id)
+        return await self._door.run(lambda: call(storage))
+
+    async def views(self, jobs: Sequence[Job]) -> list[JobView]:
+        return await self._door.run(lambda: [self._view(job) for job in jobs])
+
+    def close(self) -> None:
+        self._door.close()
+
+    def _view(self, job: Job) -> JobView:
+        """What a job that has ended left behind is read once."""
+        if job.attempt == 0:
+            return JobView(job, None, None)
+        if (seen := self._ended.get(job.id)) is not None and seen.job == job:
+            return seen
+        storage = self._open(job.id)
+        view = JobView(job, checkpoints.gang(storage, job.attempt), checkpoints.newest(storage))
+        if job.state.final:
+            self._ended[job.id] = view
+        return view
+
+    def _open(self, job_id: str) -> Storage:
+        return open_storage(job_storage_uri(self._home, job_id))
