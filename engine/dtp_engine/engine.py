@@ -10,6 +10,7 @@ import os
 import secrets
 import time
 from collections.abc import AsyncIterator, Sequence
+from datetime import datetime
 from types import TracebackType
 from typing import Self, TypeVar
 
@@ -96,20 +97,10 @@ class Engine:
         await self.check(spec)
         await self.ensure_driver()  # it starts while the job is recorded
         key = key or secrets.token_hex(16)
-        now = self._clock.now()
-        job = Job(
-            id=job_id_of(key),
-            name=spec.name,
-            spec=spec,
-            state=JobState.QUEUED,
-            intent=Intent.RUN,
-            workers=spec.nodes.max,
-            created_at=now,
-            created_by=self.settings.actor,
-        )
-        home = self.settings.home
+        home, actor, now = self.settings.home, self.settings.actor, self._clock.now()
+        job = _new_job(spec, key, actor, now)
         await self._storages.run(lambda: keep_secrets(home, job.id, spec, os.environ))
-        request = Request(key, RequestKind.SUBMIT, job.id, self.settings.actor, now)
+        request = Request(key, RequestKind.SUBMIT, job.id, actor, now)
         stored = await self._ledger.request(request, job=job)
         await self.ensure_driver()
         return await self._read(stored.job_id)
@@ -213,7 +204,7 @@ class Engine:
             for one in await self.attempts(job_id):
                 if attempt in (None, one.number):
                     after = cursors.setdefault(one.number, {})
-                    async for line in self._new_lines(one, after):
+                    async for line in _new_lines(self._backend, one, after):
                         yield one.number, line
             if not (follow and active):
                 return
@@ -299,12 +290,28 @@ class Engine:
             raise UnknownJob(f"no job {job_id}; `dtp ps` lists them")
         return job
 
-    async def _new_lines(self, attempt: Attempt, after: dict[int, str]) -> AsyncIterator[LogLine]:
-        """Lines after the cursors, which move along."""
-        start: Cursor = dict(after)
-        async for line in self._backend.logs(attempt.id, after=start):
-            after[line.worker] = line.cursor
-            yield line
+
+def _new_job(spec: JobSpec, key: str, actor: str, now: datetime) -> Job:
+    return Job(
+        id=job_id_of(key),
+        name=spec.name,
+        spec=spec,
+        state=JobState.QUEUED,
+        intent=Intent.RUN,
+        workers=spec.nodes.max,
+        created_at=now,
+        created_by=actor,
+    )
+
+
+async def _new_lines(
+    backend: Backend, attempt: Attempt, after: dict[int, str]
+) -> AsyncIterator[LogLine]:
+    """Lines after the cursors, which move along."""
+    start: Cursor = dict(after)
+    async for line in backend.logs(attempt.id, after=start):
+        after[line.worker] = line.cursor
+        yield line
 
 
 def job_id_of(key: str) -> str:
