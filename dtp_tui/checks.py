@@ -158,6 +158,9 @@ async def controller(engine: Engine) -> Check:
     driver = await engine.driver()
     if driver.alive:
         return ok("controller", f"alive: {driver.holder}")
+    if driver.silent:
+        advice = "another takes over; to end it: dtp controller stop"
+        return warn("controller", f"does not answer: {driver.holder}", advice)
     if any(view.job.active for view in await engine.jobs()):
         advice = "any command starts one; if not, see its log: " + str(driver.log)
         return warn("controller", "not running, and jobs are waiting for it", advice)

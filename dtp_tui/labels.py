@@ -261,6 +261,15 @@ def money(usd: float | None) -> str:
     return f"${usd:,.2f}" if usd == 0 or abs(usd) >= 0.095 else f"${usd:.4f}"
 
 
+FRESH_S = 10.0
+"""A gang that runs writes its status about once a second."""
+
+
+def is_fresh(job: Job, gang: wire.Gang | None, now: datetime) -> bool:
+    """What the gang said last is still so; not when its whole machine may have died since."""
+    return job.active and gang is not None and now.timestamp() - gang.updated < FRESH_S
+
+
 def throughput(gang: wire.Gang | None) -> str:
     """Tokens when the job counts them, else samples."""
     if gang is None:

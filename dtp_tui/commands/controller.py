@@ -73,6 +73,7 @@ async def _driver(engine: Engine) -> Driver:
 def _record(driver: Driver) -> dict[str, object]:
     return {
         "alive": driver.alive,
+        "silent": driver.silent,
         "holder": driver.holder,
         "beat_at": driver.beat_at,
         "log": str(driver.log),
@@ -84,6 +85,9 @@ def _words(driver: Driver) -> str:
 
     from dtp_tui.labels import age
 
+    if driver.silent:
+        silence = age(driver.beat_at, datetime.now(UTC))
+        return f"silent for {silence}: {driver.holder}; the next command starts another"
     if not driver.alive:
         return f"no controller is running; the next command that needs one starts it ({driver.log})"
     beat = age(driver.beat_at, datetime.now(UTC))

@@ -90,7 +90,7 @@ def _row(view: JobView, now: datetime) -> Row:
         labels.workers(job, gang),
         labels.step(step, total),
         labels.value(gang.values.get("loss") if gang else None),
-        labels.throughput(gang) if job.active else labels.UNKNOWN,
+        labels.throughput(gang) if labels.is_fresh(job, gang, now) else labels.UNKNOWN,
         labels.elapsed(job, now),
         labels.UNKNOWN if saved is None else f"{labels.age(saved.at, now)} ago",
         labels.age(job.created_at, now),

@@ -105,13 +105,16 @@ def _print_summary(out: Output, view: JobView) -> None:
 
 
 def _progress(view: JobView) -> str:
+    from datetime import UTC, datetime
+
     from dtp_tui import labels
 
     gang = view.gang
     if gang is None or gang.step is None:
         return ""
     values = [f"{name} {labels.value(value, name)}" for name, value in gang.values.items()]
-    rate = [labels.throughput(gang)] if view.job.active else []
+    fresh = labels.is_fresh(view.job, gang, datetime.now(UTC))
+    rate = [labels.throughput(gang)] if fresh else []
     return "  ".join([f"step {labels.step(gang.step, gang.total_steps)}", *values, *rate])
 
 

@@ -9,7 +9,7 @@ import socket
 import subprocess
 import sys
 from dataclasses import dataclass
-from datetime import datetime
+from datetime import datetime, timedelta
 from pathlib import Path
 
 import psutil
@@ -28,9 +28,12 @@ class Driver:
     holder: str | None
     """``host:pid:start-time``; None when nobody does."""
     alive: bool
-    """False as well for a holder on another machine that only its lease can speak for."""
+    """It exists and renews its lease. False as well for a holder on another machine that only its
+    lease can speak for."""
     beat_at: datetime | None
     log: Path
+    silent: bool = False
+    """It exists but has not renewed its lease in time: stopped, frozen, or starved."""
 
 
 def holder_name(pid: int) -> str:
@@ -62,11 +65,13 @@ def is_alive(holder: str) -> bool | None:
     return pid_of(holder) is not None
 
 
-def driver_of(lease: Lease | None, settings: Settings) -> Driver:
+def driver_of(lease: Lease | None, settings: Settings, now: datetime) -> Driver:
     log = settings.home / LOG_FILE
     if lease is None or not lease.holder:
         return Driver(None, alive=False, beat_at=None, log=log)
-    return Driver(lease.holder, pid_of(lease.holder) is not None, lease.at, log)
+    exists = pid_of(lease.holder) is not None
+    silent = exists and now - lease.at > timedelta(seconds=settings.lease_ttl_s)
+    return Driver(lease.holder, exists and not silent, lease.at, log, silent)
 
 
 def start_controller(settings: Settings) -> int:
@@ -92,9 +97,12 @@ def start_controller(settings: Settings) -> int:
 
 
 def stop_controller(driver: Driver) -> bool:
-    """Ask the controller of this machine to leave; jobs train on. False when there is none."""
+    """Ask the controller of this machine to leave; jobs train on. False when there is none.
+
+    One that is silent would not hear it and is killed, which loses nothing.
+    """
     pid = pid_of(driver.holder) if driver.holder else None
     if pid is None:
         return False
-    os.kill(pid, signal.SIGTERM)
+    os.kill(pid, signal.SIGKILL if driver.silent else signal.SIGTERM)
     return True

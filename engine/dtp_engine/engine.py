@@ -41,8 +41,9 @@ T = TypeVar("T")
 
 POLL_S = 0.05
 """How often a waiting client looks whether the ledger moved."""
-ANSWER_WITHIN_S = 20.0
-"""A controller that starts cold answers in about one second."""
+ANSWER_WITHIN_S = 10.0
+"""A controller that starts cold answers in about one second; one that must first wait until the
+lease of a frozen one is over, so long after that."""
 
 
 class Engine:
@@ -135,11 +136,15 @@ class Engine:
 
     async def find(self, ref: str) -> Job:
         """By id, by name (the active job of that name, else the newest), or by unique id prefix."""
-        return choose_job(await self._ledger.jobs(), ref)
+        job = choose_job(await self._ledger.jobs(), ref)
+        await self._revive([job])
+        return job
 
     async def jobs(self) -> Sequence[JobView]:
         """Oldest first."""
-        return await self._storages.views(await self._ledger.jobs())
+        jobs = await self._ledger.jobs()
+        await self._revive(jobs)
+        return await self._storages.views(jobs)
 
     async def job(self, job_id: str) -> JobView:
         return (await self._storages.views([await self._read(job_id)]))[0]
@@ -227,7 +232,7 @@ class Engine:
     # ------------------------------------------------------------------------------- who drives
 
     async def driver(self) -> Driver:
-        return driver_of(await self._ledger.lease(), self.settings)
+        return driver_of(await self._ledger.lease(), self.settings, self._clock.now())
 
     async def ensure_driver(self) -> None:
         """Start the background controller unless one is alive, or was started a moment ago."""
@@ -235,6 +240,11 @@ class Engine:
             return
         start_controller(self.settings)
         self._started_at = time.monotonic()
+
+    async def _revive(self, jobs: Sequence[Job]) -> None:
+        """Whoever looks at a job that should be going on sees to it that somebody drives."""
+        if any(job.active for job in jobs):
+            await self.ensure_driver()
 
     async def stop_driver(self) -> bool:
         """False when there was none. Jobs train on without it."""
@@ -262,9 +272,9 @@ class Engine:
         return await self._read(job.id)
 
     async def _answer(self, key: str) -> Request:
-        revision = -1
+        revision, within_s = -1, ANSWER_WITHIN_S + self.settings.lease_ttl_s
         with contextlib.suppress(TimeoutError):
-            async with asyncio.timeout(ANSWER_WITHIN_S):
+            async with asyncio.timeout(within_s):
                 while True:
                     await self.ensure_driver()
                     revision = await self._moved(revision, give_up_s=5)
@@ -273,7 +283,7 @@ class Engine:
                         return request
         driver = await self.driver()
         raise InfrastructureError(
-            f"the request is recorded, but no controller answered in {ANSWER_WITHIN_S:g} s; "
+            f"the request is recorded, but no controller answered in {within_s:g} s; "
             f"see {driver.log}, or run one here: dtp controller run"
         )
 

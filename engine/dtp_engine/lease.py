@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import logging
 from collections.abc import Callable
+from datetime import timedelta
 
 from dtp_engine.clock import Clock
 from dtp_engine.driver import is_alive
@@ -49,10 +50,15 @@ class LeaseKeeper:
 
     @property
     def others_drive(self) -> bool:
-        """The lease belongs to another process that is known to live."""
+        """The lease belongs to another process that is known to live, and to renew it.
+
+        Whether it renews is told by its own clock here, which only decides whether this candidate
+        stays to watch; when to take over is judged by this process's clock alone.
+        """
         if self._mine is not None or self._other is None:
             return False
-        return self._liveness(self._other.holder) is True
+        silent = self._clock.now() - self._other.at > timedelta(seconds=self._ttl_s)
+        return not silent and self._liveness(self._other.holder) is True
 
     async def hold(self) -> Lease | None:
         """Renew the lease when that is due, or try to take it; None while another one drives."""

@@ -101,3 +101,29 @@ def test_a_full_disk_costs_checkpoints_and_not_the_job(
     small_home.run("wait", path.stem, code=0)
     steps = [row["step"] for row in small_home.rows("ckpt", "ls", path.stem)]
     assert steps[-1] == 300
+
+
+def test_a_frozen_controller_is_replaced(dtp: Any, job_file: Callable[..., Path]) -> None:
+    """One that exists but does not renew its lease drives no longer; the request is answered."""
+    dtp.env["DTP_LEASE_TTL"] = "3"
+    path = job_file(LONG)
+    dtp.run("run", "--detach", path)
+    dtp.until(lambda: dtp.job(path.stem)["state"] == "RUNNING", "RUNNING")
+    (frozen,) = dtp.kinds()["controller"]
+    frozen.suspend()
+    dtp.until(lambda: dtp.rows("controller", "status")[0]["silent"], "silence")
+    dtp.run("kill", path.stem)
+    dtp.run("wait", path.stem, code=3)
+    assert dtp.rows("controller", "status")[0]["alive"]
+
+
+def test_looking_at_a_job_brings_it_back(dtp: Any, job_file: Callable[..., Path]) -> None:
+    """After everything was killed at once, `dtp ps` alone makes the job go on."""
+    path = job_file(LONG)
+    dtp.run("run", "--detach", path)
+    dtp.until(lambda: dtp.job(path.stem)["state"] == "RUNNING", "RUNNING")
+    for process in dtp.processes():
+        process.kill()
+    dtp.until(lambda: dtp.rows("ps")[0]["attempt"] == 2, "the next attempt")
+    dtp.run("kill", path.stem)
+    dtp.run("wait", path.stem, code=3)
