@@ -11,7 +11,7 @@ from dtp_trainer import wire
 from dtp_trainer.wire import ExitCode
 
 FIRST_BACKOFF = timedelta(seconds=1)
-LONGEST_BACKOFF = timedelta(minutes=5)
+LONGEST_BACKOFF = timedelta(seconds=15)
 FORGIVEN_AFTER = timedelta(minutes=10)
 """An attempt that ran for so long clears the record of the losses before it."""
 MOST_NO_GANG = 3
@@ -147,7 +147,7 @@ def backoff(losses: int) -> timedelta:
     """How long to wait after so many losses in a row: nothing after the first, then 1, 2, 4 … s.
 
     >>> [backoff(n).total_seconds() for n in (1, 2, 3, 4, 40)]
-    [0.0, 1.0, 2.0, 4.0, 300.0]
+    [0.0, 1.0, 2.0, 4.0, 15.0]
     """
     if losses <= 1:
         return timedelta()
