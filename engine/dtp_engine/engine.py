@@ -164,7 +164,7 @@ class Engine:
         """Never ends by itself."""
         revision = -1
         while True:
-            revision = await self._moved(revision)
+            revision = await _moved(self._ledger, self._clock, revision)
             while found := await self.events(after=after, job_id=job_id):
                 for event in found:
                     after = event.seq
@@ -277,7 +277,7 @@ class Engine:
             async with asyncio.timeout(within_s):
                 while True:
                     await self.ensure_driver()
-                    revision = await self._moved(revision, give_up_s=5)
+                    revision = await _moved(self._ledger, self._clock, revision, give_up_s=5)
                     request = await self._ledger.read_request(key)
                     if request is not None and request.answered_at is not None:
                         return request
@@ -286,13 +286,6 @@ class Engine:
             f"the request is recorded, but no controller answered in {within_s:g} s; "
             f"see {driver.log}, or run one here: dtp controller run"
         )
-
-    async def _moved(self, revision: int, *, give_up_s: float = float("inf")) -> int:
-        """Return the ledger's revision once it differs from `revision`."""
-        deadline = time.monotonic() + give_up_s
-        while (now := await self._ledger.revision()) == revision and time.monotonic() < deadline:
-            await self._clock.sleep(POLL_S)
-        return now
 
     async def _read(self, job_id: str) -> Job:
         job = await self._ledger.job(job_id)
@@ -312,6 +305,16 @@ def _new_job(spec: JobSpec, key: str, actor: str, now: datetime) -> Job:
         created_at=now,
         created_by=actor,
     )
+
+
+async def _moved(
+    ledger: Ledger, clock: Clock, revision: int, *, give_up_s: float = float("inf")
+) -> int:
+    """The ledger's revision once it differs from `revision`, or when so long has passed."""
+    deadline = clock.monotonic() + give_up_s
+    while (now := await ledger.revision()) == revision and clock.monotonic() < deadline:
+        await clock.sleep(POLL_S)
+    return now
 
 
 async def _new_lines(

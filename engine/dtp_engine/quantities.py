@@ -144,13 +144,12 @@ def write_duration(value: timedelta) -> str:
 
 
 def write_size(count: int) -> str:
-    """As a job file writes it, exact; `parse_size` reads it back.
+    """The shortest exact way to write it in a job file; `parse_size` reads it back.
 
     >>> write_size(16_000_000_000), write_size(2**29)
     ('16GB', '512MiB')
     """
-    for units in (_BINARY_BYTES, _BYTES):
-        for unit, size in reversed(units.items()):
-            if unit and count and count % size == 0:
-                return f"{count // size}{unit.upper()}{'i' if units is _BINARY_BYTES else ''}B"
-    return f"{count}B"
+    sizes = {f"{unit.upper()}B": size for unit, size in _BYTES.items()}
+    sizes |= {f"{unit.upper()}iB": size for unit, size in _BINARY_BYTES.items()}
+    exact = [f"{count // size}{unit}" for unit, size in sizes.items() if count % size == 0]
+    return min(exact, key=len)
