@@ -318,7 +318,12 @@ FIELDS: tuple[Field | Section, ...] = (
         "watchdog",
         "When a job counts as stuck.",
         (
-            Field("start_within", DURATION, "From launch to the first step.", "15m"),
+            Field(
+                "start_within",
+                DURATION,
+                "From launch to the first step; scripts without `Session` are not watched for it.",
+                "15m",
+            ),
             Field("no_step_for", DURATION, "Between two steps; then the hanging rank is named."),
         ),
     ),

@@ -244,6 +244,18 @@ def test_error_budget() -> None:
         ends = table.killed(0)
     assert [o.code for o in ends if isinstance(o, End)] == [3]
     assert table.state.errors_used == 3
+    assert table.state.detail == "rank 1 failed: ValueError: 2; all 2 retries are used"
+
+
+def test_code_is_said_once() -> None:
+    """The last word on a failure without a message leaves the code to those that show it beside."""
+    table = Table(replace(RULES, error_budget=0))
+    table.run(0, 1)
+    table.exits(1, 3)
+    table.killed(0)
+    assert (table.state.outcome, table.state.detail) == (3, "rank 1 failed: no error message")
+    failed = next(e for e in table.state.chronicle.events if e.name == "rank_failed")
+    assert failed.text == "rank 1 failed: exit code 3"
 
 
 def test_same_failure_stops_early() -> None:
@@ -380,6 +392,38 @@ def test_silent_script_is_no_hang() -> None:
     assert table.wait(10_000) == []
 
 
+def test_first_step_that_never_comes() -> None:
+    """Ranks that opened their step files have `start_within` for the first step, whatever else is
+    watched; after it, no limit applies that was not asked for."""
+    table = Table(replace(RULES, hang_budget=0))
+    table.run(0, 1)
+    table.beat(0, {"0": 0})
+    assert table.wait(RULES.start_within_s - 1) == []
+    assert kinds(table.wait(1)) == [KillRanks, KillRanks]
+    ends = table.killed(0, 1)
+    assert [o.code for o in ends if isinstance(o, End)] == [ExitCode.HANG]
+    assert table.state.detail == "no step for 60 s: no rank took one"
+
+
+def test_only_the_first_step_is_watched_unasked() -> None:
+    """Without `no_step_for`, a script that took a step may take as long as it likes."""
+    table = Table()
+    table.run(0, 1)
+    table.beat(0, {"0": 1})
+    assert table.wait(10_000) == []
+
+
+def test_later_generation_is_expected_to_step() -> None:
+    """A script that took steps before is watched though its ranks opened no step file yet."""
+    table = Table()
+    table.run(0, 1)
+    table.beat(0, {"0": 1})
+    table.exits(1, 3)
+    table.killed(0)
+    table.prepared()
+    assert kinds(table.wait(RULES.start_within_s)) == [KillRanks, KillRanks]
+
+
 # ---------------------------------------------------------------------- leaving, joining, deadline
 
 
@@ -458,6 +502,34 @@ def test_drain_is_enforced() -> None:
     table.leave(0, 1)
     assert kinds(table.wait(RULES.grace_s)) == [KillRanks, KillRanks]
     assert [o.code for o in table.killed(0, 1) if isinstance(o, End)] == [ExitCode.PAUSED]
+
+
+def test_kill_by_the_agent_is_told() -> None:
+    """Ranks that their own agents killed after the grace did not leave well: it is told once, and
+    what is lost is said."""
+    table = Table()
+    table.run(0, 1)
+    table.beat(0, {"0": 451}, window(451, 1000))
+    table.feed(Committed(CheckpointEntry("step-000400.g0001", 400, 1, 1, 1, 0.0, 1000)))
+    table.leave(0, 1)
+    table.exits(0, -9, killed=True, late=True)
+    table.exits(1, -9, killed=True, late=True)
+    assert table.story.count("grace_over") == 1
+    assert table.state.outcome == ExitCode.PAUSED
+    assert table.state.detail == (
+        "left as asked, killed after the grace; 51 steps since step 400 are lost"
+    )
+
+
+def test_late_rank_is_told_of_among_failures() -> None:
+    """A peer that fails first, because the late rank is gone, does not hide that it was late."""
+    table = Table()
+    table.run(0, 1)
+    table.leave(0, 1)
+    table.exits(0, 1, error="RuntimeError: Connection closed by peer")
+    table.exits(1, -9, killed=True, late=True)
+    assert "grace_over" in table.story
+    assert table.state.detail == "left as asked, killed after the grace, before the first step"
 
 
 def test_failure_while_draining_is_not_counted() -> None:

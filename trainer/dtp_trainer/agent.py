@@ -106,7 +106,8 @@ class Agent:
             self._working.cancel()
             return
         loop = asyncio.get_running_loop()
-        loop.call_later(self._launch.grace_s * OWN_SHARE_OF_GRACE, self._member.kill)
+        own_share_s = self._launch.grace_s * OWN_SHARE_OF_GRACE
+        loop.call_later(own_share_s, lambda: self._member.kill(late=True))
         loop.call_later(self._launch.grace_s, self._give_up)
 
     def _give_up(self) -> None:

@@ -181,7 +181,7 @@ def test_chronicle_tells_a_checkpoint_once() -> None:
     """A checkpoint is told once, also by a leader that reads of it in an older one's events."""
     entry = CheckpointEntry("step-000012.g0001", 12, 1, 1, 1, 5.0, 2_000_000)
     told = Chronicle().committed(entry)
-    assert told.events[-1].text == "checkpoint step-000012.g0001, 2.0 MB"
+    assert told.events[-1].text == "checkpoint step-000012.g0001, 1.9 MiB"
     gang = Gang(1, 1, 0, "h:1", GangPhase.RUNNING, 1, 0.0, events=told.events)
     seen = replace(continued(gang), generation=1)
     assert told.committed(entry) == told

@@ -184,6 +184,23 @@ def test_hang_budget_is_used_up(job: Job) -> None:
     assert job.codes() == [77, 77]
 
 
+def test_first_step_that_never_comes(job: Job) -> None:
+    """A script that opened its step files and takes no step hangs when `start_within` is over."""
+    (worker,) = job.train(1, "--hang", "0:1:9", *LONG, start_within_s=3.0, hang_budget=0)
+    assert worker.ended() == wire.ExitCode.HANG
+    assert "no rank took one" in worker.exit()["reason"]
+
+
+def test_killed_after_the_grace(job: Job) -> None:
+    """Ranks that take no notice of a pause are killed, and nobody says that they left well."""
+    (worker,) = job.train(1, "--deaf", *LONG, grace_s=1.0)
+    job.until(lambda: job.stepped(1))
+    worker.ask()
+    assert worker.ended() == wire.ExitCode.PAUSED
+    assert job.story().count("grace_over") == 1
+    assert "killed after the grace" in worker.exit()["reason"]
+
+
 def test_wrong_secret_is_refused(job: Job) -> None:
     """A worker with another secret is refused and does not disturb the gang."""
     job.train(1, *LONG)

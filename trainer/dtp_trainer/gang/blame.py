@@ -95,6 +95,12 @@ def describe(exited: RankExited) -> str:
     return f"exit code {exited.code}"
 
 
+def reason(exited: RankExited) -> str:
+    """As `describe`, for an outcome that is shown together with its exit code."""
+    silent = not exited.error and exited.code > 0 and outcome(exited) == exited.code
+    return "no error message" if silent else describe(exited)
+
+
 def signature(exited: RankExited) -> str:
     """Equal for failures that will come again. A signal from outside is no such failure."""
     outside = exited.code in _FROM_OUTSIDE and not exited.killed

@@ -38,6 +38,11 @@ class Chronicle:
         )
         return dataclasses.replace(self, events=(*self.events, event)[-KEPT:])
 
+    def tells_of(self, name: str) -> bool:
+        """Whether the generation has such an event."""
+        told = (event for event in self.events if event.generation == self.generation)
+        return any(event.name == name for event in told)
+
     def in_generation(self, generation: int) -> Chronicle:
         return dataclasses.replace(self, generation=generation)
 
@@ -45,7 +50,7 @@ class Chronicle:
         """A checkpoint exists; told once."""
         if (entry.generation, entry.step) <= self.checkpoint:
             return self
-        text = f"checkpoint {entry.name}, {entry.bytes / 1e6:.1f} MB"
+        text = f"checkpoint {entry.name}, {_size(entry.bytes)}"
         told = self.tell(entry.at, "checkpoint", text, step=entry.step)
         return dataclasses.replace(told, checkpoint=(entry.generation, entry.step))
 
@@ -58,3 +63,17 @@ def continued(gang: Gang | None) -> Chronicle:
     if not told and len(gang.events) >= KEPT:  # They are older than what is kept.
         told = [(gang.generation, gang.step or 0)]
     return Chronicle(gang.events, gang.generation, max(told, default=(0, 0)))
+
+
+def _size(count: float) -> str:
+    """
+    >>> _size(512), _size(16_180), _size(3_880_000)
+    ('512 B', '15.8 KiB', '3.7 MiB')
+    """
+    if count < 1024:
+        return f"{count:.0f} B"
+    for unit in ("KiB", "MiB", "GiB"):
+        count /= 1024
+        if count < 1023.95:
+            return f"{count:.1f} {unit}"
+    return f"{count / 1024:.1f} TiB"

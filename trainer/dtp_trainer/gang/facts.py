@@ -62,6 +62,14 @@ def told(
     return replace(state, chronicle=chronicle)
 
 
+def grace_over(state: State, now: float) -> State:
+    """Ranks are killed because they did not leave in time; told once a generation."""
+    if state.chronicle.tells_of("grace_over"):
+        return state
+    text = f"ranks were killed: they did not leave within the grace of {state.rules.grace_s:.0f} s"
+    return told(state, now, "grace_over", text)
+
+
 def lose(state: State, worker: int, now: float) -> State:
     """A worker's connection ended; an expected end was preceded by its removal from the peers."""
     peer = state.peers.get(worker)
@@ -98,7 +106,7 @@ def _hear(state: State, worker: int, message: FromMember, now: float) -> State:
         case Leaving():
             return _leave(state, worker, now)
         case RankExited():
-            return _count_exit(state, worker, message)
+            return _count_exit(state, worker, message, now)
         case RanksGone(generation):
             current = generation == state.generation
             return replace(state, busy=state.busy - {worker}) if current else state
@@ -113,9 +121,11 @@ def _hear(state: State, worker: int, message: FromMember, now: float) -> State:
             assert_never(message)
 
 
-def _count_exit(state: State, worker: int, exited: RankExited) -> State:
+def _count_exit(state: State, worker: int, exited: RankExited, now: float) -> State:
     if exited.generation != state.generation or worker not in state.busy:
         return state
+    if exited.late:
+        state = grace_over(state, now)
     return replace(
         state,
         exits=(*state.exits, exited),

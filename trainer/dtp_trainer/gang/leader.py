@@ -31,6 +31,7 @@ from dtp_trainer.gang.messages import (
 from dtp_trainer.gang.messages import Beat as MemberBeat
 from dtp_trainer.gang.office import Deposed, Office, raise_fence, unseen
 from dtp_trainer.gang.state import (
+    Cause,
     Committed,
     DismissWorker,
     DrainRanks,
@@ -40,7 +41,6 @@ from dtp_trainer.gang.state import (
     KillRanks,
     Lost,
     Output,
-    Phase,
     Prepare,
     Prepared,
     Resign,
@@ -58,6 +58,9 @@ PUBLISH_EVERY_S = 1.0
 ANSWER_S = 5.0
 GOODBYE_S = 3.0
 RETRY_S = 0.2
+
+_ASKED = (Cause.LEAVING, Cause.JOINING, Cause.DEADLINE, Cause.LEFT)
+"""Generations that end so were asked for a checkpoint."""
 
 log = logging.getLogger("dtp.leader")
 
@@ -147,7 +150,7 @@ class Leader:
                 waiting = self._ports.get(ticket)
                 if waiting is not None and not waiting.done():
                     waiting.set_result(port)
-            case RanksGone() if self._state.phase is Phase.DRAINING:
+            case RanksGone() if self._state.cause in _ASKED:
                 # So that what is said of the pause names the checkpoint that was its purpose.
                 await self._look_for_checkpoints()
                 self._feed(Said(worker, message))

@@ -69,9 +69,10 @@ class Member:
         self._host = host
         self._lines.record(host)
 
-    def kill(self) -> None:
+    def kill(self, *, late: bool = False) -> None:
+        """With `late`, because ranks did not leave in time."""
         if self._crew is not None:
-            self._crew.kill()
+            self._crew.kill(late=late)
 
     async def serve(self, link: Link) -> Dismiss | None:
         """Obey until dismissed; None when the leader was lost. No rank is left when it returns."""

@@ -56,6 +56,8 @@ class RankExited(_Json):
     """The last one it completed in this generation."""
     killed: bool = False
     """Its own agent killed it, so the code says nothing."""
+    late: bool = False
+    """Killed because it did not leave in time after SIGTERM."""
     error: str = ""
     """The last line of its traceback, or of what it wrote to stderr."""
     formed_group: bool = False

@@ -33,7 +33,8 @@ class Progress:
     newest: int = 0
     """The newest step that any rank of this generation told of; 0 before the first."""
     reporting: bool = False
-    """In this generation, ranks opened step files: a missing step means something."""
+    """The script reports steps, so a missing one means something: a rank opened a step file, or an
+    older generation took a step."""
     formed_group: bool = False
     """In this attempt, a rank joined a process group."""
 
@@ -59,7 +60,8 @@ class Progress:
 def begun(progress: Progress, ranks: Iterable[int], now: float) -> Progress:
     """A generation with these ranks starts."""
     fresh = {rank: RankProgress(0, now) for rank in ranks}
-    return dataclasses.replace(progress, ranks=fresh, reporting=False, newest=0)
+    reporting = progress.reporting or progress.step is not None
+    return dataclasses.replace(progress, ranks=fresh, reporting=reporting, newest=0)
 
 
 def heard(progress: Progress, worker: int, beat: Beat, *, generation: int, now: float) -> Progress:
@@ -134,8 +136,9 @@ def describe_stall(stall: Stall, stuck: RankExited | None) -> tuple[int | None, 
     if stall.rank is not None:
         steps = f"its last step is {stall.step}, the others' {stall.newest}"
         return named, f"rank {named} is behind: {'; '.join(filter(None, (steps, stands, quiet)))}"
+    since = f"step {stall.newest}" if stall.newest else "the start"
     if named is not None:
-        return named, f"rank {named} is behind: {stands}, the others wait since step {stall.newest}"
+        return named, f"rank {named} is behind: {stands}, the others wait since {since}"
     after = f"all ranks stopped after step {stall.newest}" if stall.newest else "no rank took one"
     return None, f"{quiet}: {after}"
 

@@ -12,7 +12,7 @@ from dataclasses import replace
 from typing import TypeAlias, assert_never
 
 from dtp_trainer.gang import blame, progress, roster
-from dtp_trainer.gang.facts import absorb, lose, removed, told
+from dtp_trainer.gang.facts import absorb, grace_over, lose, removed, told
 from dtp_trainer.gang.messages import RankExited
 from dtp_trainer.gang.roster import Seat
 from dtp_trainer.gang.state import (
@@ -285,13 +285,16 @@ def _growth_at(state: State) -> float | None:
 
 
 def _hang_at(state: State) -> float | None:
+    """When a step is overdue; None for a script that reports none, as nobody can tell."""
     rules, ranks = state.rules, state.progress.ranks.values()
-    stalled = progress.stalled_since(state.progress)
-    if rules.no_step_for_s is None or not state.progress.reporting or stalled is None:
+    stalled, patience = progress.stalled_since(state.progress), rules.no_step_for_s
+    if stalled is None or not state.progress.reporting:
         return None
+    if patience is None:
+        return None if state.progress.newest else stalled + rules.start_within_s
     if any(rank.step for rank in ranks):
-        return stalled + rules.no_step_for_s
-    return stalled + max(rules.no_step_for_s, rules.start_within_s)
+        return stalled + patience
+    return stalled + max(patience, rules.start_within_s)
 
 
 def _all_exited(state: State, now: float) -> Change:
@@ -331,8 +334,7 @@ def _draining(state: State, now: float) -> Change | None:
     if not state.busy:
         return _account(state, now)
     if now >= state.since + state.rules.grace_s:
-        text = f"ranks were killed: they did not leave within {state.rules.grace_s:.0f} s"
-        return _kill(told(state, now, "grace_over", text), state.cause, now)
+        return _kill(grace_over(state, now), state.cause, now)
     return None
 
 
@@ -395,13 +397,14 @@ def _fail(state: State, suspect: RankExited, now: float) -> Change:
     )
     failures = (*state.failures, blame.signature(suspect))[-SAME_FAILURE_LIMIT:]
     state = replace(state, failures=failures, errors_used=state.errors_used + 1)
-    code = blame.outcome(suspect)
+    code, why = blame.outcome(suspect), blame.reason(suspect)
     if suspect.unstartable:
         return _end(state, ExitCode.SETUP_FAILED, error, now)
     if state.errors_used > state.rules.error_budget:
-        return _end(state, code, f"rank {suspect.rank} failed: {error}", now)
+        used = _used_up(state.rules.error_budget)
+        return _end(state, code, f"rank {suspect.rank} failed: {why}{used}", now)
     if len(failures) == SAME_FAILURE_LIMIT and len(set(failures)) == 1:
-        text = f"{SAME_FAILURE_LIMIT} times the same failure at step {suspect.step}: {error}"
+        text = f"{SAME_FAILURE_LIMIT} times the same failure at step {suspect.step}: {why}"
         return _end(told(state, now, "same_failure", text), code, text, now)
     return _gather(replace(state, restarts=state.restarts + 1), now)
 
@@ -413,7 +416,7 @@ def _hung(state: State, now: float) -> Change:
     state = told(state, now, "hang", text, step=state.stall.step, rank=rank, worker=worker)
     state = replace(state, hangs_used=state.hangs_used + 1)
     if state.hangs_used > state.rules.hang_budget:
-        return _end(state, ExitCode.HANG, text, now)
+        return _end(state, ExitCode.HANG, text + _used_up(state.rules.hang_budget), now)
     return _gather(replace(state, restarts=state.restarts + 1), now)
 
 
@@ -441,18 +444,35 @@ def _end(state: State, code: int, reason: str, now: float) -> Change:
 
 
 def _left_text(state: State) -> str:
-    saved = state.chronicle.checkpoint[1]
     if state.progress.step is None:
-        return "left as asked, before the first step"
-    if not saved:
-        return f"left as asked at step {state.progress.step}, without a checkpoint"
-    return f"left as asked; newest checkpoint: step {saved}"
+        return f"left as asked{_killed_text(state)}, before the first step"
+    if not state.chronicle.checkpoint[1]:
+        at = f"at step {state.progress.step}"
+        return f"left as asked {at}{_killed_text(state)}, without a checkpoint"
+    return f"left as asked{_killed_text(state)}; {_saved_text(state)}"
 
 
 def _time_is_up(state: State) -> str:
+    where = _saved_text(state) if state.chronicle.checkpoint[1] else "without a checkpoint"
+    return f"trained for as long as it may{_killed_text(state)}; {where}"
+
+
+def _killed_text(state: State) -> str:
+    return ", killed after the grace" if state.chronicle.tells_of("grace_over") else ""
+
+
+def _saved_text(state: State) -> str:
     saved = state.chronicle.checkpoint[1]
-    where = f"newest checkpoint: step {saved}" if saved else "without a checkpoint"
-    return f"trained for as long as it may; {where}"
+    lost = (state.progress.step or 0) - saved
+    if lost <= 0:
+        return f"newest checkpoint: step {saved}"
+    return f"{_count(lost, 'step')} since step {saved} {'is' if lost == 1 else 'are'} lost"
+
+
+def _used_up(budget: int) -> str:
+    if budget <= 1:
+        return "; the only retry is used" if budget else ""
+    return f"; all {budget} retries are used"
 
 
 def _count(number: int, noun: str) -> str:

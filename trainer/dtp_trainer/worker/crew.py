@@ -58,7 +58,7 @@ class Crew:
         self._exited, self._stepped = exited, stepped
         self._ranks: dict[int, RankProcess] = {}
         self._starts: set[asyncio.Future[RankProcess]] = set()
-        self._killed = self._drained = False
+        self._killed = self._drained = self._late = False
         self._folder = Folder(launch.worker)
         scratch = Path(launch.scratch)
         self._steps_folder = scratch / f"steps.g{order.generation:04d}"
@@ -110,8 +110,10 @@ class Crew:
             if rank.exit is None:
                 _ask_to_leave(rank.pid)
 
-    def kill(self, *, dump: bool = False) -> None:
-        """SIGKILL. With `dump`, ranks first say where they stand, as far as Python can tell."""
+    def kill(self, *, dump: bool = False, late: bool = False) -> None:
+        """SIGKILL. With `dump`, ranks first say where they stand, as far as Python can tell;
+        `late`: they had their time to leave."""
+        self._late = self._late or (late and not self._killed)
         self._killed = True
         self._cancel_starts()
         if dump:
@@ -190,11 +192,13 @@ class Crew:
         error = (known.error if known else None) or self._recorded_error(rank)
         if not error and code:
             error = blame.last_error(tail)
+        killed = self._killed and code in (-signal.SIGKILL, -signal.SIGABRT)
         stands_in, waits = blame.stack([*tail]) if code < 0 else ("", False)
         return replace(
             self._exit(rank, code),
             error=error,
-            killed=self._killed and code in (-signal.SIGKILL, -signal.SIGABRT),
+            killed=killed,
+            late=killed and self._late,
             formed_group=bool(known and known.formed_group),
             stands_in=stands_in,
             waits=waits,
