@@ -38,6 +38,7 @@ class Frame(Screen[None]):
     CSS_PATH = ["frame.tcss"]  # noqa: RUF012 - as textual declares it
     AUTO_FOCUS = ""
     VERTICAL_BREAKPOINTS = [(0, "-short"), (38, "-tall")]  # noqa: RUF012 - as textual declares it
+    # Signs have priority: they act before the keys behind them are given to any widget.
     BINDINGS: ClassVar[list[BindingType]] = [
         Binding("P", "ask('pause')", "Pause", tooltip="checkpoint, free machines"),
         Binding("R", "ask('resume')", "Resume", tooltip="go on from a checkpoint"),
@@ -49,8 +50,10 @@ class Frame(Screen[None]):
             "Filter",
             key_display="/",
             tooltip="what matches; ! = what does not",
+            priority=True,
         ),
-        Binding("colon", "command", "Command", key_display=":"),
+        Binding("slash", "filter", show=False),  # after a key that brings what can be filtered
+        Binding("colon", "command", "Command", key_display=":", priority=True),
         Binding("question_mark", "help", "Help", key_display="?"),
         Binding("r", "refresh_now", "Refresh", tooltip="look again now", show=False),
         Binding("escape", "back", "Back", show=False),
@@ -140,7 +143,18 @@ class Frame(Screen[None]):
 
     # ------------------------------------------------------------------------------------ keys
 
+    def set_focus(
+        self,
+        widget: Widget | None,
+        scroll_visible: bool = True,  # noqa: FBT001, FBT002 - as textual declares it
+        from_app_focus: bool = False,  # noqa: FBT001, FBT002
+    ) -> None:
+        if not self.is_ready or self.query_one(Prompt).may_focus(widget):
+            super().set_focus(widget, scroll_visible, from_app_focus)
+
     def check_action(self, action: str, parameters: tuple[object, ...]) -> bool | None:
+        if action in ("command", "filter"):
+            return self.is_ready and not self.query_one(Prompt).is_open
         if action != "ask":
             return True
         view = self.selected()

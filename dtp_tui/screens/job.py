@@ -102,8 +102,8 @@ class JobScreen(Frame):
         self.set_focus(inner if inner.can_focus else None)
 
     def check_action(self, action: str, parameters: tuple[object, ...]) -> bool | None:
-        if action == "filter":
-            return self.tab == "logs"
+        if action == "filter" and self.tab != "logs":
+            return False
         return super().check_action(action, parameters)
 
     def action_tab(self, tab: str) -> None:

@@ -12,6 +12,7 @@ from textual.containers import Horizontal
 from textual.message import Message
 from textual.suggester import SuggestFromList
 from textual.timer import Timer
+from textual.widget import Widget
 from textual.widgets import Input
 
 from dtp_tui.labels import Tone
@@ -77,7 +78,16 @@ class Prompt(Horizontal):
         if text:
             self._fading = self.set_timer(FLASH_S, lambda: self.flash("", Tone.PLAIN))
 
+    @property
+    def is_open(self) -> bool:
+        return self.has_class("-typing")
+
+    def may_focus(self, widget: Widget | None) -> bool:
+        """While it is open it keeps the keys, whatever else asks for them."""
+        return not self.is_open or widget is self.query_one(PromptInput)
+
     def open(self, sign: Sign, text: str = "", suggestions: Sequence[str] = ()) -> None:
+        """The very next key is typed into it."""
         self.sign = sign
         self.query_one("#sign", Lines).show([Line((Span(f" {sign}", Tone.BUSY, strong=True),))])
         typed = self.query_one(PromptInput)
@@ -86,14 +96,14 @@ class Prompt(Horizontal):
         with self.prevent(Input.Changed):
             typed.value = text
         typed.cursor_position = len(text)
-        typed.focus()
+        self.screen.set_focus(typed)  # `typed.focus()` would come after keys that wait
 
     def close(self) -> None:
         self.remove_class("-typing")
 
     def on_input_changed(self, event: Input.Changed) -> None:
         event.stop()
-        if self.has_class("-typing"):
+        if self.is_open:
             self.post_message(self.Typed(self.sign, event.value))
 
     def on_input_submitted(self, event: Input.Submitted) -> None:

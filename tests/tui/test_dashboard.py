@@ -8,6 +8,7 @@ from types import SimpleNamespace
 from typing import Any
 
 import pytest
+from textual._xterm_parser import XTermParser
 
 from dtp_engine.errors import LedgerError
 from dtp_engine.jobs import JobState
@@ -283,6 +284,41 @@ async def test_jobs_are_filtered_as_one_types(
         await until(pilot, lambda: "Jobs / kjv-language" in seen(app))
         await pilot.press("q", "escape")
         await until(pilot, lambda: "1200/5000" in seen(app))
+
+
+@pytest.mark.parametrize("job", [None, "digits"])
+async def test_keys_typed_at_once_are_all_in_the_prompt(
+    given: SimpleNamespace, app_of: Any, until: Until, seen: Seen, job: str | None
+) -> None:
+    """Pasted or typed ahead, no letter is lost or acts on the screen, on whichever screen."""
+    fake = given.engine(given.job_view("digits"))
+    app = app_of(fake, job)
+    async with app.run_test(size=SMALL) as pilot:
+        await until(pilot, at(app, JobScreen) if job else has_jobs(app))
+        type_at_once(app, ":pause endX:/P?q1.4\r")
+        await until(pilot, lambda: 'no job "endX:/P?q1.4"' in seen(app))
+        assert at(app, JobScreen if job else JobsScreen)()
+    assert fake.asked == []
+
+
+async def test_a_filter_typed_at_once_is_whole(
+    engine: Any, app_of: Any, until: Until, seen: Seen
+) -> None:
+    """Moving the cursor before it and opening what was found after it work as ever."""
+    app = app_of(engine)
+    async with app.run_test(size=SMALL) as pilot:
+        await until(pilot, has_jobs(app))
+        type_at_once(app, "jk/kjv\r")
+        await until(pilot, lambda: "1 of 3" in seen(app))
+        await until(pilot, lambda: isinstance(app.focused, JobsTable))
+        await pilot.press("enter")
+        await until(pilot, lambda: "Jobs / kjv-language" in seen(app))
+
+
+def type_at_once(app: DtpApp, text: str) -> None:
+    """As a terminal sends them: all keys wait before the first is looked at."""
+    for event in XTermParser().feed(text):
+        app.post_message(event)
 
 
 async def test_help_lists_keys_and_commands(

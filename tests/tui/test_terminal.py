@@ -104,6 +104,14 @@ def test_the_demo_shows_a_busy_cluster(terminal: Terminal) -> None:
     terminal.until(f"{DONE} 0")
 
 
+def test_a_command_sent_in_one_write_is_whole(terminal: Terminal) -> None:
+    """What is pasted or typed ahead reaches the prompt in order."""
+    terminal.open("--demo")
+    terminal.until("llama-350m")
+    terminal.press(":pause end/q1.4", "Enter")
+    terminal.until('no job "end/q1.4"')
+
+
 def test_sigterm_gives_the_terminal_back(terminal: Terminal) -> None:
     """Alternate screen and mouse are off afterwards, the exit code is 128 + 15."""
     terminal.open()
