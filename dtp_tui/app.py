@@ -11,6 +11,7 @@ from typing import TYPE_CHECKING
 
 from dtp_engine.errors import DtpError
 from dtp_tui import __version__
+from dtp_tui.streams import open_closed_streams
 
 if TYPE_CHECKING:
     from dtp_tui.dashboard import Source
@@ -21,6 +22,7 @@ FRAMES_OVER_SSH = "10"
 
 def main(argv: Sequence[str] | None = None) -> None:
     """The console script. Ends the process: 0, the exit code of an error, or 128 + signal."""
+    open_closed_streams()
     arguments = _parser().parse_args(argv)
     if not (sys.stdin.isatty() and sys.stdout.isatty()):
         _fail("needs a terminal; `dtp ps`, `dtp logs` and `dtp run --headless` do without", 2)

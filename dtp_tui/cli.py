@@ -10,6 +10,8 @@ import sys
 from collections.abc import Iterable, Mapping
 from typing import TYPE_CHECKING, NoReturn
 
+from dtp_tui.streams import open_closed_streams
+
 if TYPE_CHECKING:
     import typer
 
@@ -42,6 +44,7 @@ _COMPLETING = "_DTP_COMPLETE"
 
 def main() -> NoReturn:
     """Entry point of the console script `dtp`."""
+    open_closed_streams()
     words = sys.argv[1:]
     if words[:1] in (["--version"], ["-V"]):
         from dtp_tui import __version__  # noqa: PLC0415 - the fast path

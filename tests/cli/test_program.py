@@ -264,3 +264,26 @@ def test_completion_survives_a_broken_state(
     (tmp_path / "ledger.db").write_bytes(b"no database at all, and long enough to be read" * 100)
     monkeypatch.setenv("DTP_HOME", str(tmp_path))
     assert complete_job("d") == []
+
+
+@pytest.mark.parametrize(
+    ("words", "code"),
+    [("ps", 0), ("ps --json", 0), ("show nosuch", 2), ("run -d nosuch.yaml", 2), ("--version", 0)],
+)
+@pytest.mark.parametrize("closed", ["<&-", ">&-", "2>&-", "<&- >&- 2>&-"])
+def test_closed_streams_are_no_accident(cli: Any, words: str, code: int, closed: str) -> None:
+    """A caller that closed stdin, stdout or stderr gets the exit code and no traceback."""
+    done = bare(["sh", "-c", f"cd {cli.folder}; {cli.program} {words} {closed}"], cli.env)
+    assert done.returncode == code
+    assert "Traceback" not in done.stdout + done.stderr
+    assert "internal error" not in done.stderr
+    assert not list(cli.home.glob("logs/crash-*"))
+
+
+def test_the_dashboard_bears_closed_streams(cli: Any) -> None:
+    """`dtp-tui` without streams says that it needs a terminal, to whoever can hear it."""
+    for closed in (">&-", "<&-"):
+        done = bare(["sh", "-c", f"{cli.program}-tui {closed}"], cli.env)
+        assert (done.returncode, done.stdout) == (2, "")
+        assert "needs a terminal" in done.stderr
+        assert "Traceback" not in done.stderr
