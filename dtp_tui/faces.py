@@ -12,6 +12,7 @@ from dtp_engine.views import JobView
 from dtp_trainer import wire
 from dtp_tui import labels, records
 from dtp_tui.attach import Happening
+from dtp_tui.cleaning import harmless
 from dtp_tui.lines import text_line
 from dtp_tui.output import Output
 from dtp_tui.training import Progress, job_window
@@ -114,4 +115,4 @@ class PlainFace:
 
 def event_line(out: Output, event: Event) -> str:
     """A happening between the lines of the ranks."""
-    return out.paint(f"{labels.clock(event.at)} · {event.text}", labels.Tone.QUIET)
+    return out.paint(f"{labels.clock(event.at)} · {harmless(event.text)}", labels.Tone.QUIET)

@@ -16,6 +16,7 @@ from typing import assert_never
 from dtp_engine.jobs import Intent, Job, JobState, Reason
 from dtp_engine.quantities import write_duration
 from dtp_trainer import wire
+from dtp_tui.cleaning import harmless
 
 UNKNOWN = "—"
 """Shown for what nobody knows; never 0."""
@@ -136,7 +137,7 @@ def why(job: Job) -> str:
     if job.state is JobState.SUCCEEDED and job.reason is None:
         return ""
     if job.detail:
-        return job.detail
+        return harmless(job.detail)
     return "" if job.reason in (None, Reason.USER) else REASONS[job.reason]
 
 

@@ -60,7 +60,8 @@ def print_event(out: Output, event: Event, *, of_all: bool) -> None:
 
 def event_line(out: Output, event: Event) -> str:
     """Time, actor and text."""
+    from dtp_tui.cleaning import harmless
     from dtp_tui.labels import Tone, moment
 
     actor = out.paint(f"{event.actor:<12}", Tone.QUIET)
-    return f"{moment(event.at)}  {actor}  {event.text}"
+    return f"{moment(event.at)}  {actor}  {harmless(event.text)}"

@@ -157,6 +157,7 @@ def _ranks(first: int | None, count: int) -> str:
 
 def _print_attempts(out: Output, attempts: Sequence[Attempt]) -> None:
     from dtp_tui import labels
+    from dtp_tui.cleaning import harmless
 
     if not attempts:
         return
@@ -165,7 +166,8 @@ def _print_attempts(out: Output, attempts: Sequence[Attempt]) -> None:
         end = labels.clock(attempt.ended_at) if attempt.ended_at else "now"
         began = labels.moment(attempt.created_at)
         workers = labels.plural(len(attempt.placements), "worker")
-        out.say(f"  {attempt.number}  {began} to {end}  {workers}  {attempt.outcome}".rstrip())
+        outcome = harmless(attempt.outcome)
+        out.say(f"  {attempt.number}  {began} to {end}  {workers}  {outcome}".rstrip())
 
 
 def _print_events(out: Output, events: Sequence[Event]) -> None:

@@ -6,6 +6,7 @@ from collections.abc import Sequence
 
 from dtp_engine.jobs import Event
 from dtp_tui import labels
+from dtp_tui.cleaning import harmless
 from dtp_tui.labels import Tone
 from dtp_tui.widgets.spans import Span
 from dtp_tui.widgets.table import Column, LineTable, Row
@@ -40,7 +41,7 @@ def event_row(event: Event) -> Row:
             Span(labels.clock(event.at), Tone.QUIET),
             Span(event.actor, Tone.QUIET),
             Span(event.name.replace("_", " "), tone),
-            Span(text + event.text if tone is Tone.BAD else event.text),
+            Span(text + harmless(event.text) if tone is Tone.BAD else harmless(event.text)),
         ),
     )
 

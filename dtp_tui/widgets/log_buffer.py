@@ -9,21 +9,10 @@ from dataclasses import dataclass
 from enum import IntEnum
 
 from dtp_trainer import wire
+from dtp_tui.cleaning import harmless
 
-LINE_CAP = 8_192
-"""Characters kept of one line."""
 CAPACITY = 20_000
 BYTES_CAP = 16 * 1024 * 1024
-
-_ESCAPES = re.compile(
-    r"\x1b\[[0-?]*[ -/]*[@-~]"  # CSI: colours, cursor
-    r"|\x1b[\]PX^_].*?(?:\x07|\x1b\\|$)"  # OSC, DCS …: titles, clipboard, links
-    r"|\x1b[ -/]*[0-~]?"
-    r"|\x9b[0-?]*[ -/]*[@-~]"
-)
-_UNSAFE = re.compile(
-    "[\x00-\x08\x0a-\x1f\x7f-\x9f\xad\u061c\u200b-\u200f\u2028-\u202e\u2060-\u206f\ud800-\udfff\ufe00-\ufe0f\ufeff\ufff9-\ufffb]"
-)
 
 
 class Level(IntEnum):
@@ -96,23 +85,6 @@ def matcher(pattern: str) -> Callable[[str], bool]:
     except re.error:
         search = re.compile(re.escape(wanted), re.IGNORECASE).search
     return lambda text: (search(text) is None) is turned
-
-
-def harmless(text: str) -> str:
-    """A line that cannot move the cursor, colour the screen, hide text or fill the memory.
-
-    >>> harmless("10%\\r\\x1b[32m100%\\x1b[0m\\tdone")
-    '100%    done'
-    """
-    note = ""
-    if len(text) > LINE_CAP:
-        note = f" … {len(text) - LINE_CAP:,} more characters"
-        text = text[:LINE_CAP]
-    if text.isascii() and text.isprintable():
-        return text + note
-    text = _ESCAPES.sub("", text).rstrip("\r\n")
-    text = text[text.rfind("\r") + 1 :]
-    return _UNSAFE.sub("·", text.expandtabs(8)) + note
 
 
 def entry(line: wire.Text) -> LogEntry:

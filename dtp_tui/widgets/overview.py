@@ -11,6 +11,7 @@ from textual.containers import Grid, Vertical
 from dtp_engine.jobs import Job
 from dtp_engine.series import MetricHistory
 from dtp_tui import labels
+from dtp_tui.cleaning import harmless
 from dtp_tui.labels import Tone
 from dtp_tui.messages import JobPicture
 from dtp_tui.widgets.chart import Chart
@@ -172,7 +173,7 @@ def last_events(picture: JobPicture) -> list[Line]:
             (
                 Span(f" {labels.clock(event.at)}  ", Tone.QUIET),
                 Span(f"{event.name.replace('_', ' '):<19} ", event_tone(event.name)),
-                Span(event.text),
+                Span(harmless(event.text)),
             ),
             (Span(f"{event.actor} ", Tone.QUIET),),
         )

@@ -4,18 +4,26 @@ from __future__ import annotations
 
 import json
 import math
+from dataclasses import replace
 from datetime import UTC, datetime
 
 import pytest
 
-from dtp_engine.jobs import Intent, Job, JobSpec, JobState, Reason
+from dtp_engine.jobs import Attempt, Event, Intent, Job, JobSpec, JobState, Reason
+from dtp_engine.views import JobView
+from dtp_tui.commands.events import print_event
+from dtp_tui.commands.pause import how_to_go_on
+from dtp_tui.commands.show import _print_attempts
+from dtp_tui.faces import PlainFace
 from dtp_tui.output import (
     LONGEST_LINE,
     Exit,
+    Output,
     exit_code_of,
     json_line,
     shown_line,
 )
+from dtp_tui.running import summary
 from dtp_tui.tables import Cell, Column, lay_out, shorten
 
 
@@ -143,3 +151,44 @@ def test_a_very_long_line_is_cut_for_people() -> None:
 def test_a_progress_bar_of_a_script_shows_its_last_state() -> None:
     """Of a line that was overwritten again and again, the end is shown."""
     assert shown_line("10%\r20%\r30%\r") == "30%"
+
+
+@pytest.mark.parametrize(
+    ("state", "intent", "is_told"),
+    [
+        (JobState.PAUSED, Intent.PAUSE, True),
+        (JobState.STOPPING, Intent.PAUSE, True),
+        (JobState.RUNNING, Intent.PAUSE, True),
+        (JobState.SUCCEEDED, Intent.PAUSE, False),
+        (JobState.FAILED, Intent.PAUSE, False),
+        (JobState.STOPPING, Intent.CANCEL, False),
+    ],
+)
+def test_only_a_paused_job_can_go_on(state: JobState, intent: Intent, is_told: bool) -> None:
+    """`dtp pause` names the way back for a job that has one."""
+    hint = how_to_go_on(replace(ended(state), intent=intent))
+    assert hint == ("go on later: dtp resume a" if is_told else "")
+
+
+DIRTY = "ValueError: \x1b[31mred\x1b[0m\x1b]0;title\x07 \x9b2Jbell\x07"
+
+
+@pytest.mark.parametrize("colour", [True, False])
+def test_words_of_a_script_carry_no_controls(
+    capsys: pytest.CaptureFixture[str], colour: bool
+) -> None:
+    """An exception's escapes reach neither events, nor the reason of a failure, nor attempts."""
+    out = Output()
+    out.colour = False
+    out.terminal = colour
+    job = replace(ended(JobState.FAILED, Reason.WORKER_FAILED), detail=DIRTY)
+    event = Event(1, job.created_at, job.id, 1, "controller", "failed", DIRTY)
+    attempt = Attempt(job.id, 1, job.created_at, "secret", (), outcome=DIRTY)
+    print_event(out, event, of_all=True)
+    PlainFace(out).show(event)
+    _print_attempts(out, [attempt])
+    for line in summary(out, JobView(job, None, None), {}):
+        out.say(line)
+    shown = capsys.readouterr().out
+    assert shown.count("ValueError: red bell") == 4
+    assert all(char.isprintable() for char in shown.replace("\n", ""))

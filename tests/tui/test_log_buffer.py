@@ -7,14 +7,13 @@ from hypothesis import given
 from hypothesis import strategies as st
 
 from dtp_trainer import wire
+from dtp_tui.cleaning import LINE_CAP, harmless
 from dtp_tui.widgets.log_buffer import (
-    LINE_CAP,
     Level,
     LogBuffer,
     LogEntry,
     LogFilter,
     entry,
-    harmless,
 )
 
 
