@@ -2,8 +2,10 @@
 
 from __future__ import annotations
 
+import doctest
 import re
 from datetime import timedelta
+from importlib import import_module
 from pathlib import Path
 
 import pytest
@@ -245,3 +247,29 @@ def test_quantities_read_back(milliseconds: int, count: int) -> None:
         milliseconds=1
     )
     assert quantities.parse_size(quantities.write_size(count)) == count
+
+
+@pytest.mark.parametrize(
+    "text", ["2GB", "16GB", "16GiB", "1500MB", "512MiB", "1TB", "1KiB", "7B", "1023B", "0B"]
+)
+def test_a_size_is_written_as_people_would(text: str) -> None:
+    """The shortest exact way, decimal or binary, whichever it was."""
+    assert quantities.write_size(quantities.parse_size(text)) == text
+
+
+@pytest.mark.parametrize(
+    "name",
+    [
+        "dtp_engine.engine",
+        "dtp_engine.quantities",
+        "dtp_engine.series",
+        "dtp_trainer.wire",
+        "dtp_tui.cleaning",
+        "dtp_tui.labels",
+    ],
+)
+def test_examples_are_true(name: str) -> None:
+    """What a docstring shows is what happens."""
+    failed, tried = doctest.testmod(import_module(name))
+    assert tried > 0
+    assert failed == 0
