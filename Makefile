@@ -10,7 +10,7 @@ help:  ## this list
 	@$(PYTHON) -c 'import sys; sys.exit(sys.version_info < (3, 11) and "dtp needs Python 3.11 or newer; this is " + sys.version.split()[0] + ". Try: make PYTHON=python3.11")'
 	$(PYTHON) -m venv .venv
 	$(BIN)/python -m pip install --quiet --disable-pip-version-check -c constraints.txt pip
-	$(BIN)/python -m pip install --quiet --disable-pip-version-check -c constraints.txt -e '.[train,data]' --group tests --group lint
+	$(BIN)/python -m pip install --quiet --disable-pip-version-check -c constraints.txt -e '.[train,data,aws]' --group tests --group lint
 	@touch $@
 
 run: .venv/.installed  ## train the handwritten digits on two workers and watch it (headless without a terminal)
@@ -33,6 +33,7 @@ fix: .venv/.installed  ## repair what lint and format can repair by themselves
 	$(BIN)/ruff format .
 
 bench: .venv/.installed  ## measure beside the bare tools; writes benchmarks/results/
+	$(BIN)/python -m pip install --quiet --disable-pip-version-check -c constraints.txt --group bench
 	$(BIN)/python -m benchmarks
 
 clean:  ## remove the environment and all caches

@@ -68,6 +68,11 @@ class Env(StrEnum):
     CHECKPOINT = "DTP_CHECKPOINT"
     """The job's checkpoint policy as JSON: ``{"every_s": 60.0, "every_steps": null, "keep": 3,
     "keep_best": null}``."""
+    OPTIONS = "DTP_OPTIONS"
+    """The job's ``training`` block as JSON: the fields of `options.Options` that it sets."""
+    ASK_FILE = "DTP_ASK_FILE"
+    """Path at which the agent leaves a wish for this rank (`Ask`), which looks there at the end of
+    a step and removes it."""
     DATA = "DTP_DATA"
 
 
@@ -148,6 +153,14 @@ class Launch(_Json):
     """Folder of the sockets of warm processes on this machine."""
     zygote_idle_s: float
     """How long a warm process waits for the next job before it leaves."""
+    options: Mapping[str, Any] = dataclasses.field(default_factory=dict)
+    """The ``training`` block: see `options.Options.to_dict`."""
+    trackers: Mapping[str, Mapping[str, Any]] = dataclasses.field(default_factory=dict)
+    """``{"wandb": {"project": …}, "tensorboard": {}}``: where the metrics go besides."""
+    launcher: str = "dtp"
+    """``dtp`` or ``torchrun``."""
+    config: Mapping[str, Any] = dataclasses.field(default_factory=dict)
+    """What a tracker shows as the configuration of the job."""
 
 
 CLAIM_FILE = "claim"
