@@ -7,6 +7,9 @@ from collections.abc import Mapping
 from dataclasses import dataclass, field
 from datetime import datetime, timedelta
 from enum import StrEnum
+from typing import Any
+
+from dtp_trainer.options import Options
 
 
 class JobState(StrEnum):
@@ -112,6 +115,33 @@ class Watchdog:
     no_step_for: timedelta | None = None
 
 
+class Launcher(StrEnum):
+    """Who starts the ranks of a worker."""
+
+    DTP = "dtp"
+    TORCHRUN = "torchrun"
+
+
+class Artifacts(StrEnum):
+    """Which checkpoints are handed to W&B."""
+
+    NEVER = "never"
+    BEST = "best"
+    ALL = "all"
+
+
+@dataclass(frozen=True, slots=True)
+class Wandb:
+    """Where in W&B the metrics go besides; what is None is left to W&B's own defaults."""
+
+    project: str | None = None
+    entity: str | None = None
+    name: str | None = None
+    group: str | None = None
+    tags: tuple[str, ...] = ()
+    artifacts: Artifacts = Artifacts.NEVER
+
+
 @dataclass(frozen=True, slots=True)
 class JobSpec:
     """A job file, parsed once (`spec.py`); no other module reads YAML of jobs."""
@@ -133,6 +163,12 @@ class JobSpec:
     """Names; values are taken from the submitter's environment and never shown or stored in the
     spec."""
     data: Mapping[str, str] = field(default_factory=dict)
+    launcher: Launcher = Launcher.DTP
+    training: Options = field(default_factory=Options)
+    """How a step is computed."""
+    training_given: tuple[str, ...] = ()
+    """The options of `training` that were written, be it as their default: a script's own give way
+    to them."""
     checkpoint: CheckpointPolicy = CheckpointPolicy()
     retry: RetryPolicy = RetryPolicy()
     watchdog: Watchdog = Watchdog()
@@ -140,6 +176,14 @@ class JobSpec:
     stop_grace: timedelta = timedelta(seconds=30)
     priority: int = 50
     tags: Mapping[str, str] = field(default_factory=dict)
+    wandb: Wandb | None = None
+    tensorboard: bool = False
+
+    @property
+    def options(self) -> dict[str, Any]:
+        """Of `training`: all that a script's own options give way to."""
+        given = {name: getattr(self.training, name) for name in self.training_given}
+        return self.training.to_dict() | given
 
 
 @dataclass(frozen=True, slots=True)

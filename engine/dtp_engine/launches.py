@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import dataclasses
 import re
 import shlex
 from collections.abc import Mapping
@@ -63,6 +64,10 @@ def launch_of(plan: LaunchPlan, place: Place) -> wire.Launch:
         train_until=plan.train_until.timestamp() if plan.train_until else None,
         checkpoint=_checkpoint(spec.checkpoint),
         data=dict(spec.data),
+        options=spec.options,
+        trackers=trackers_of(spec),
+        launcher=spec.launcher,
+        config=config_of(spec, plan.job_name),
         zygotes=place.zygotes,
         zygote_idle_s=place.zygote_idle_s,
     )
@@ -116,6 +121,48 @@ def _defaults(spec: JobSpec) -> dict[str, str]:
     threads = max(1, int(spec.resources.cpus / spec.nproc_per_node))
     defaults = {"PYTHONUNBUFFERED": "1", "OMP_NUM_THREADS": str(threads)}
     return defaults | ({"PYTHONSAFEPATH": "1"} if spec.task else {})
+
+
+def trackers_of(spec: JobSpec) -> dict[str, dict[str, Any]]:
+    """Tracker → its options, without those that nobody set."""
+    found: dict[str, dict[str, Any]] = {}
+    if spec.wandb is not None:
+        options = dataclasses.asdict(spec.wandb)
+        found["wandb"] = {name: value for name, value in options.items() if value}
+    if spec.tensorboard:
+        found["tensorboard"] = {}
+    return found
+
+
+def config_of(spec: JobSpec, job_name: str) -> dict[str, Any]:
+    """The job as a flat mapping, for people who compare jobs; numbers are numbers.
+
+    >>> config_of(JobSpec("a", "python a.py", args={"lr": "0.10"}), "a-2")["args.lr"]
+    0.1
+    """
+    what = {"task": spec.task} if spec.task else {"run": spec.run}
+    groups = {"args": spec.args, "data": spec.data, "tags": spec.tags}
+    return {
+        "name": job_name,
+        **what,
+        **{f"{g}.{k}": _typed(text) for g, named in groups.items() for k, text in named.items()},
+        **{f"training.{k}": v for k, v in dataclasses.asdict(spec.training).items()},
+        "nodes": str(spec.nodes),
+        "nproc_per_node": spec.nproc_per_node,
+        "launcher": spec.launcher,
+        **{f"resources.{k}": v for k, v in dataclasses.asdict(spec.resources).items()},
+    }
+
+
+def _typed(text: str) -> str | int | float | bool:
+    if text in ("true", "false"):
+        return text == "true"
+    for kind in (int, float):
+        try:
+            return kind(text)
+        except ValueError:
+            continue
+    return text
 
 
 def _checkpoint(policy: CheckpointPolicy) -> dict[str, Any]:

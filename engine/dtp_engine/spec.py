@@ -5,6 +5,7 @@
 
 from __future__ import annotations
 
+import dataclasses
 import difflib
 import os
 import re
@@ -12,21 +13,20 @@ import sys
 from collections.abc import Iterable, Mapping, Sequence
 from dataclasses import dataclass
 from datetime import timedelta
+from enum import StrEnum
 from pathlib import Path
 from typing import Any
 
 from dtp_engine import commandline
 from dtp_engine.errors import SpecError, UsageError
-from dtp_engine.jobs import CheckpointPolicy, JobSpec, Resources, RetryPolicy, Watchdog
+from dtp_engine.fieldkinds import Field, Section, parse_switch, wrong
+from dtp_engine.jobs import CheckpointPolicy, JobSpec, Resources, RetryPolicy, Wandb, Watchdog
 from dtp_engine.quantities import write_duration, write_size
 from dtp_engine.specfields import (
     FIELDS,
     SYNONYMS,
-    Field,
-    Section,
     json_schema,
     walk,
-    wrong,
 )
 from dtp_engine.yamltree import (
     Entry,
@@ -38,6 +38,7 @@ from dtp_engine.yamltree import (
     parse_value,
     read_table,
 )
+from dtp_trainer.options import Options
 
 __all__ = ["as_fields", "json_schema", "parse_spec", "read_spec", "walk"]
 
@@ -145,12 +146,28 @@ def _collect(table: Table, fields: Iterable[Field | Section], prefix: str = "") 
 
 
 def _collect_section(section: Section, tree: Tree, path: str) -> _Values:
+    if section.switch and not isinstance(tree, Table):
+        return {path: _Found(_switch(section, tree, path), tree)}
     if isinstance(tree, Scalar) and tree.empty:
         return {}
     if not isinstance(tree, Table):
-        names = ", ".join(inner.name for inner in section.fields)
-        raise wrong(tree, path, f"expected fields ({names}), found {kind_of(tree)}")
-    return _collect(tree, section.fields, f"{path}.")
+        raise wrong(tree, path, f"expected {_fields_of(section)}, found {kind_of(tree)}")
+    on = {path: _Found(value=True, tree=tree)} if section.switch else {}
+    return on | _collect(tree, section.fields, f"{path}.")
+
+
+def _switch(section: Section, tree: Tree, path: str) -> bool:
+    problem = f"expected true, false or {_fields_of(section)}, found {kind_of(tree)}"
+    if not isinstance(tree, Scalar):
+        raise wrong(tree, path, problem)
+    try:
+        return parse_switch(tree.text)
+    except ValueError:
+        raise wrong(tree, path, problem) from None
+
+
+def _fields_of(section: Section) -> str:
+    return f"fields ({', '.join(inner.name for inner in section.fields)})"
 
 
 def _did_you_mean(entry: Entry, prefix: str) -> str:
@@ -193,13 +210,16 @@ def _build(values: _Values, folder: Path, stem: str, environ: Mapping[str, str])
     plain["env"] = _environment(values, environ)
     _check_secrets(values, environ)
     _check_command(values, Path(plain["workdir"]))
-    resources = _section(values, "resources")
+    resources, training = _section(values, "resources"), _section(values, "training")
     if "memory" in resources:
         resources["memory_bytes"] = resources.pop("memory")
     plain.setdefault("nproc_per_node", max(1, resources.get("gpus", 0)))
+    plain["wandb"] = Wandb(**_section(values, "wandb")) if plain.get("wandb") else None
     return JobSpec(
         **plain,
         resources=Resources(**resources),
+        training=Options(**training),
+        training_given=tuple(sorted(training)),
         checkpoint=CheckpointPolicy(**_checkpoint(values)),
         retry=RetryPolicy(**_section(values, "retry")),
         watchdog=Watchdog(**_section(values, "watchdog")),
@@ -275,6 +295,8 @@ def as_fields(spec: JobSpec) -> dict[str, Any]:
         "env": dict(spec.env),
         "secrets": list(spec.secrets),
         "data": dict(spec.data),
+        "launcher": str(spec.launcher),
+        "training": {name: _plain(value) for name, value in spec.options.items()},
         "checkpoint": _checkpoint_fields(spec.checkpoint),
         "retry": _retry_fields(spec.retry),
         "watchdog": _drop_empty(
@@ -285,6 +307,8 @@ def as_fields(spec: JobSpec) -> dict[str, Any]:
         "stop_grace": _duration(spec.stop_grace),
         "priority": spec.priority,
         "tags": dict(spec.tags),
+        "wandb": None if spec.wandb is None else _wandb_fields(spec.wandb),
+        "tensorboard": spec.tensorboard,
     }
     return _drop_empty(**everything)
 
@@ -295,6 +319,17 @@ def _drop_empty(**values: Any) -> dict[str, Any]:
 
 def _duration(value: timedelta | None) -> str | None:
     return None if value is None else write_duration(value)
+
+
+def _plain(value: Any) -> Any:
+    if isinstance(value, tuple):
+        return list(value)
+    return str(value) if isinstance(value, StrEnum) else value
+
+
+def _wandb_fields(wandb: Wandb) -> dict[str, Any]:
+    found = dataclasses.asdict(wandb)
+    return _drop_empty(**{name: _plain(value) for name, value in found.items()})
 
 
 def _resources_fields(resources: Resources) -> dict[str, Any]:

@@ -1,239 +1,161 @@
-"""The one table of a job file's fields: parser, JSON schema and reference are made from it.
-
-A `Kind` says how one value is read and how an editor should check it; a `Field` gives it a name,
-a default in words and a line of help; a `Section` is a group of fields.
-"""
+"""The one table of a job file's fields: parser, JSON schema and reference are made from it."""
 
 from __future__ import annotations
 
-import re
-from collections.abc import Callable, Iterator, Mapping
+from collections.abc import Iterator, Mapping
 from dataclasses import dataclass, field
-from typing import Any, TypeAlias
+from typing import Any
 
-from dtp_engine import quantities
-from dtp_engine.errors import SpecError
-from dtp_engine.yamltree import Items, Scalar, Table, Tree, kind_of
+from dtp_engine.fieldkinds import (
+    COMMAND,
+    CPUS,
+    DURATION,
+    EVERY,
+    LABELS,
+    NAME,
+    NAMES,
+    NODES,
+    SIZE,
+    SWITCH,
+    TEXT,
+    TEXTS,
+    VARIABLES,
+    Field,
+    Section,
+    choice,
+    number,
+    unlimited,
+    whole,
+)
+from dtp_engine.jobs import Artifacts, Launcher
+from dtp_trainer.options import CommHook, Compile, NonFinite, Precision, Shard
 
-NAME_PATTERN = r"^[A-Za-z0-9][A-Za-z0-9._-]{0,62}$"
-VARIABLE_PATTERN = r"^[A-Za-z_][A-Za-z0-9_]*$"
 TASKS = ("vision", "language")
-OWN_VARIABLES = frozenset(
-    (
-        "RANK",
-        "LOCAL_RANK",
-        "WORLD_SIZE",
-        "LOCAL_WORLD_SIZE",
-        "GROUP_RANK",
-        "MASTER_ADDR",
-        "MASTER_PORT",
-        "TORCHELASTIC_RUN_ID",
-        "TORCHELASTIC_RESTART_COUNT",
-        "TORCHELASTIC_ERROR_FILE",
-    )
+
+_TRAINING = (
+    Field(
+        "precision",
+        choice("fp32, bf16 or fp16", tuple(Precision)),
+        "What forward and backward compute in: bf16 is the fast one on GPUs since Ampere, fp16 "
+        "(with gradient scaling) on older ones. Needs `session.optimize`.",
+        "fp32",
+    ),
+    Field(
+        "compile",
+        choice(
+            "true, false, reduce-overhead or max-autotune",
+            tuple(Compile),
+            true=Compile.DEFAULT,
+            false=Compile.OFF,
+        ),
+        "`torch.compile`: faster steps after a first one that takes a minute; for models of fixed "
+        "shapes.",
+        "false",
+    ),
+    Field(
+        "accumulate",
+        whole("a number of parts", least=1, most=100_000),
+        "Parts in which a rank computes its share of a batch: less memory, the same gradients. "
+        "Needs `session.optimize`.",
+        "1",
+    ),
+    Field(
+        "clip_grad_norm",
+        number("a number", above=0, most=1e12),
+        "Gradients with a larger 2-norm are scaled down to it: for training that spikes. Needs "
+        "`session.optimize`.",
+    ),
+    Field(
+        "bucket_mb",
+        number("a number of MiB", above=0, most=65_536),
+        "Gradients travel in buckets of this size: larger ones for a network with a long delay, "
+        "smaller ones to begin earlier.",
+        "25, as torch has it",
+    ),
+    Field(
+        "static_graph",
+        SWITCH,
+        "A promise that every step uses the same parameters in the same order: less bookkeeping "
+        "for DDP.",
+        "false",
+    ),
+    Field(
+        "gradient_as_bucket_view",
+        SWITCH,
+        "Gradients live in the buckets: saves their size in memory and one copy a step.",
+        "false",
+    ),
+    Field(
+        "comm_hook",
+        choice("off, fp16, bf16 or powersgd", tuple(CommHook), false=CommHook.OFF),
+        "Gradients travel in half the bytes, or as low-rank factors (`powersgd`): for a job that "
+        "is comm-bound.",
+        "off",
+    ),
+    Field(
+        "powersgd_rank",
+        whole("a number", least=1, most=1024),
+        "Rank of PowerSGD's factors: higher is closer to the plain gradient and more to send.",
+        "1",
+    ),
+    Field(
+        "shard",
+        choice("nothing, optimizer or everything", tuple(Shard), false=Shard.NOTHING),
+        "What a rank keeps only its part of: `optimizer` (ZeRO-1) when the optimizer's state is "
+        "what fills memory, `everything` (FSDP2) when the model does.",
+        "nothing",
+    ),
+    Field(
+        "fused_optimizer",
+        SWITCH,
+        "torch's fused kernels for Adam, AdamW, SGD and Adagrad: a shorter optimizer phase when "
+        "there are many parameters.",
+        "false",
+    ),
+    Field(
+        "activation_checkpointing",
+        SWITCH,
+        "Repeated blocks compute their activations again in backward: much less memory for about a "
+        "third more compute.",
+        "false",
+    ),
+    Field(
+        "channels_last",
+        SWITCH,
+        "Memory format of convolution networks: faster convolutions, on GPUs with bf16 or fp16 "
+        "most of all.",
+        "false",
+    ),
+    Field(
+        "prefetch",
+        whole("a number of batches", least=0, most=1024),
+        "Batches fetched, and moved to the device, ahead of the step; 0 for a dataset that draws "
+        "from the global random generators.",
+        "2",
+    ),
+    Field(
+        "non_finite",
+        choice("ignore, stop, skip or rollback", tuple(NonFinite)),
+        "What a NaN or infinite loss or gradient does: `stop` the job, `skip` the update, or "
+        "`rollback` to the newest checkpoint. Needs `session.optimize`.",
+        "ignore",
+    ),
 )
-"""Environment that every rank is given; a job file cannot set it."""
 
-Read: TypeAlias = Callable[[str, Tree], Any]
-"""(field as people name it, value) → what `JobSpec` holds; raises `SpecError`."""
-
-
-@dataclass(frozen=True, slots=True)
-class Kind:
-    words: str
-    """"a duration such as 10m"."""
-    schema: Mapping[str, Any]
-    read: Read
-
-
-@dataclass(frozen=True, slots=True)
-class Field:
-    name: str
-    kind: Kind
-    help: str
-    default: str = ""
-    """In words; empty when nothing happens without it."""
-
-
-@dataclass(frozen=True, slots=True)
-class Section:
-    name: str
-    help: str
-    fields: tuple[Field, ...]
-
-
-def wrong(tree: Tree, name: str, problem: str) -> SpecError:
-    """``where: field: problem``, the shape of every message about a field."""
-    return SpecError(f"{tree.where}: {name}: {problem}")
-
-
-# ------------------------------------------------------------------------------------------- kinds
-
-
-def _scalar(words: str, parse: Callable[[str], Any]) -> Read:
-    """Reads one value that is neither empty, a list nor a mapping."""
-
-    def read(name: str, tree: Tree) -> Any:
-        if not isinstance(tree, Scalar) or tree.empty or not tree.text.strip():
-            raise wrong(tree, name, f"expected {words}, found {_what(tree)}")
-        try:
-            return parse(tree.text.strip())
-        except ValueError as error:
-            raise wrong(tree, name, str(error)) from None
-
-    return read
-
-
-def _what(tree: Tree) -> str:
-    return "nothing" if isinstance(tree, Scalar) and not tree.text.strip() else kind_of(tree)
-
-
-def kind(words: str, parse: Callable[[str], Any], **schema: Any) -> Kind:
-    return Kind(words, schema, _scalar(words, parse))
-
-
-def _whole(words: str, *, least: int, most: int) -> Kind:
-    def parse(text: str) -> int:
-        return quantities.parse_whole(text, least=least, most=most)
-
-    return kind(words, parse, type="integer", minimum=least, maximum=most)
-
-
-def _unlimited(words: str, *, most: int) -> Kind:
-    def parse(text: str) -> int | None:
-        return None if text == "unlimited" else quantities.parse_whole(text, least=0, most=most)
-
-    choices = [{"type": "integer", "minimum": 0, "maximum": most}, {"const": "unlimited"}]
-    return kind(words, parse, oneOf=choices)
-
-
-def _matching(words: str, pattern: str) -> Kind:
-    def parse(text: str) -> str:
-        if not re.fullmatch(pattern, text):
-            raise ValueError(f'expected {words}, found "{text}"')
-        return text
-
-    return kind(words, parse, type="string", pattern=pattern)
-
-
-def _choice(words: str, options: tuple[str, ...]) -> Kind:
-    def parse(text: str) -> str:
-        if text not in options:
-            raise ValueError(f'expected {" or ".join(options)}, found "{text}"')
-        return text
-
-    return kind(words, parse, enum=list(options))
-
-
-def _steps_or_duration(text: str) -> Any:
-    steps = re.fullmatch(r"(\S+)\s+steps?", text)
-    if steps:
-        return quantities.parse_whole(steps[1], least=1, most=10**9)
-    if text in ("never", "off"):
-        return None
-    try:
-        return quantities.parse_duration(text)
-    except ValueError as error:
-        unit = "needs a unit" in str(error)
-        more = f', or "{text} steps"' if unit else ', or as "500 steps"'
-        raise ValueError(f"{error}{more}") from None
-
-
-def _positive(text: str) -> Any:
-    found = quantities.parse_duration(text)
-    if found.total_seconds() <= 0:
-        raise ValueError("must be more than 0")
-    return found
-
-
-def _line(text: str) -> str:
-    return text
-
-
-def read_texts(name: str, tree: Tree) -> dict[str, Scalar]:
-    """A mapping of names to single values, kept as they were typed."""
-    if isinstance(tree, Scalar) and tree.empty:
-        return {}
-    if not isinstance(tree, Table):
-        raise wrong(tree, name, f"expected `name: value` lines, found {kind_of(tree)}")
-    found: dict[str, Scalar] = {}
-    for entry in tree.entries:
-        if not isinstance(entry.value, Scalar):
-            problem = f"expected one value, found {kind_of(entry.value)}"
-            raise wrong(entry.value, f"{name}.{entry.key}", problem)
-        found[entry.key] = entry.value
-    return found
-
-
-def _texts(name: str, tree: Tree) -> dict[str, str]:
-    found = read_texts(name, tree)
-    for key, value in found.items():
-        if value.empty:
-            raise wrong(value, f"{name}.{key}", 'a value is missing; write "" for an empty one')
-    return {key: value.text for key, value in found.items()}
-
-
-def _names(name: str, tree: Tree) -> tuple[str, ...]:
-    if isinstance(tree, Scalar) and tree.empty:
-        return ()
-    if not isinstance(tree, Items):
-        raise wrong(tree, name, f"expected a list such as [WANDB_API_KEY], found {kind_of(tree)}")
-    read = _matching("a variable's name", VARIABLE_PATTERN).read
-    return tuple(read(name, item) for item in tree.items)
-
-
-def _variables(name: str, tree: Tree) -> dict[str, Scalar]:
-    found = read_texts(name, tree)
-    for key, value in found.items():
-        if not re.fullmatch(VARIABLE_PATTERN, key):
-            raise wrong(value, f"{name}.{key}", "not a name that a shell could set")
-        if key in OWN_VARIABLES:
-            raise wrong(value, f"{name}.{key}", "every rank is given this by dtp; leave it out")
-    return found
-
-
-_PLAIN = {"type": ["string", "number", "boolean"]}
-_DURATION = {"type": "string", "pattern": quantities.DURATION_PATTERN}
-
-NAME = _matching("letters, digits, dots, dashes; at most 63", NAME_PATTERN)
-TEXT = kind("text", _line, type="string", minLength=1)
-COMMAND = kind("a command line", _line, type="string", minLength=1)
-NODES = kind(
-    "a number of workers such as 2, or a range such as 1..4",
-    quantities.parse_nodes,
-    oneOf=[
-        {"type": "integer", "minimum": 1, "maximum": quantities.MOST_WORKERS},
-        {"type": "string", "pattern": quantities.RANGE_PATTERN},
-    ],
+_WANDB = (
+    Field("project", TEXT, "Of W&B.", "W&B's own: `WANDB_PROJECT`, or `uncategorized`"),
+    Field("entity", TEXT, "User or team.", "W&B's own: `WANDB_ENTITY`, or the key's"),
+    Field("name", TEXT, "Of the run.", "the job's name"),
+    Field("group", TEXT, "Runs shown together."),
+    Field("tags", LABELS, "Of the run."),
+    Field(
+        "artifacts",
+        choice("never, best or all", tuple(Artifacts), false=Artifacts.NEVER),
+        "Which checkpoints become artifacts.",
+        "never",
+    ),
 )
-CPUS = kind(
-    "a number of cores",
-    lambda text: quantities.parse_number(text, above=0, most=4096),
-    type="number",
-    exclusiveMinimum=0,
-    maximum=4096,
-)
-SIZE = kind(
-    "a size such as 16GB or 512MiB",
-    quantities.parse_size,
-    type="string",
-    pattern=quantities.SIZE_PATTERN,
-)
-DURATION = kind("a duration such as 10m or 1h30m", _positive, **_DURATION)
-EVERY = kind(
-    "a duration such as 10m, `500 steps`, or never",
-    _steps_or_duration,
-    oneOf=[_DURATION, {"type": "string", "pattern": r"^\d+\s+steps?$"}, {"const": "never"}],
-)
-TEXTS = Kind("names with values", {"type": "object", "additionalProperties": _PLAIN}, _texts)
-VARIABLES = Kind(
-    "environment variables",
-    {"type": "object", "additionalProperties": {"type": [*_PLAIN["type"], "null"]}},
-    _variables,
-)
-NAMES = Kind("a list of names", {"type": "array", "items": {"type": "string"}}, _names)
 
-# ------------------------------------------------------------------------------------------ fields
 
 FIELDS: tuple[Field | Section, ...] = (
     Field("name", NAME, "How commands call the job.", "the file's name"),
@@ -246,7 +168,7 @@ FIELDS: tuple[Field | Section, ...] = (
     ),
     Field(
         "nproc_per_node",
-        _whole("a number of ranks", least=1, most=256),
+        whole("a number of ranks", least=1, most=256),
         "Ranks (processes) of one worker.",
         "`resources.gpus`, at least 1",
     ),
@@ -254,7 +176,7 @@ FIELDS: tuple[Field | Section, ...] = (
         "resources",
         "What one worker needs; a job waits in QUEUED until it fits.",
         (
-            Field("gpus", _whole("a number of GPUs", least=0, most=64), "GPUs.", "0"),
+            Field("gpus", whole("a number of GPUs", least=0, most=64), "GPUs.", "0"),
             Field("cpus", CPUS, "CPU cores; a fraction is fine.", "1"),
             Field("memory", SIZE, "Memory, such as 16GB (10⁹) or 16GiB (2³⁰).", "not reserved"),
         ),
@@ -272,7 +194,7 @@ FIELDS: tuple[Field | Section, ...] = (
         "What every rank runs, such as `python train.py --epochs 3`; dtp is the launcher, so no "
         "torchrun.",
     ),
-    Field("task", _choice("a built-in task", TASKS), "A built-in trainer instead of `run`."),
+    Field("task", choice("vision or language", TASKS), "A built-in trainer instead of `run`."),
     Field("args", TEXTS, "Options of the task, or appended to `run` as `--name value`."),
     Field(
         "env",
@@ -286,12 +208,24 @@ FIELDS: tuple[Field | Section, ...] = (
         "Variables taken from the shell that submits; their values are never shown.",
     ),
     Field("data", TEXTS, "Names and locations of data, handed to the ranks as `DTP_DATA`."),
+    Field(
+        "launcher",
+        choice("dtp or torchrun", tuple(Launcher)),
+        "Who starts the ranks of a worker; `torchrun` for what depends on its rendezvous, with its "
+        "slower recovery.",
+        "dtp",
+    ),
+    Section(
+        "training",
+        "How a step is computed, for scripts that use `Session`, and for tasks.",
+        _TRAINING,
+    ),
     Section(
         "checkpoint",
         "For scripts that use `Session`, and for tasks.",
         (
             Field("every", EVERY, "A duration, `500 steps`, or `never`.", "10m"),
-            Field("keep", _whole("a number", least=1, most=10_000), "How many are kept.", "3"),
+            Field("keep", whole("a number", least=1, most=10_000), "How many are kept.", "3"),
             Field(
                 "keep_best",
                 TEXT,
@@ -304,14 +238,14 @@ FIELDS: tuple[Field | Section, ...] = (
         "retry",
         "Separate budgets for what can go wrong.",
         (
-            Field("on_errors", _whole("a number", least=0, most=1000), "The script failed.", "3"),
+            Field("on_errors", whole("a number", least=0, most=1000), "The script failed.", "3"),
             Field(
                 "on_preemption",
-                _unlimited("a number, or unlimited", most=10_000),
+                unlimited("a number, or unlimited", most=10_000),
                 "The machine was taken away.",
                 "unlimited",
             ),
-            Field("on_hang", _whole("a number", least=0, most=1000), "No step for too long.", "2"),
+            Field("on_hang", whole("a number", least=0, most=1000), "No step for too long.", "2"),
         ),
     ),
     Section(
@@ -330,32 +264,53 @@ FIELDS: tuple[Field | Section, ...] = (
     Field("max_duration", DURATION, "Time in RUNNING after which the job stops with a checkpoint."),
     Field("stop_grace", DURATION, "From SIGTERM to SIGKILL, the last checkpoint included.", "30s"),
     Field(
-        "priority", _whole("a number", least=0, most=100), "Higher is placed first, 0 to 100.", "50"
+        "priority", whole("a number", least=0, most=100), "Higher is placed first, 0 to 100.", "50"
     ),
     Field("tags", TEXTS, "Free names and values, for your own order."),
+    Section(
+        "wandb",
+        "Metrics go to Weights & Biases too, under one run for all attempts; `wandb: true` is "
+        "enough. Without a key the run is kept offline.",
+        _WANDB,
+        switch=True,
+    ),
+    Field("tensorboard", SWITCH, "Metrics go to event files in the job's storage too.", "false"),
 )
 
 SYNONYMS: Mapping[str, str] = {
     "accelerators": "resources.gpus",
+    "accumulate_grad_batches": "training.accumulate",
+    "amp": "training.precision",
+    "bucket_cap_mb": "training.bucket_mb",
     "checkpoints": "checkpoint",
     "command": "run",
     "commands": "run",
     "cpu": "resources.cpus",
     "cwd": "workdir",
     "entrypoint": "run",
+    "dtype": "training.precision",
     "environment": "env",
     "envs": "env",
+    "fsdp": "training.shard",
     "gpu": "resources.gpus",
+    "grad_clip": "training.clip_grad_norm",
+    "gradient_accumulation_steps": "training.accumulate",
+    "gradient_checkpointing": "training.activation_checkpointing",
+    "gradient_clip_val": "training.clip_grad_norm",
     "labels": "tags",
+    "max_grad_norm": "training.clip_grad_norm",
     "max_restarts": "retry.on_errors",
     "max_retries": "retry.on_errors",
     "mem": "resources.memory",
+    "mixed_precision": "training.precision",
     "nnodes": "nodes",
     "num_nodes": "nodes",
     "script": "run",
+    "strategy": "training.shard",
     "timeout": "max_duration",
     "workers": "nodes",
     "working_dir": "workdir",
+    "zero": "training.shard",
 }
 """What other launchers call it."""
 
@@ -399,9 +354,11 @@ def _schema_of(item: Field | Section) -> dict[str, Any]:
     if isinstance(item, Field):
         default = f" Default: {item.default}." if item.default else ""
         return {"description": item.help + default, **item.kind.schema}
-    return {
-        "description": item.help,
+    fields = {
         "type": "object",
         "properties": {inner.name: _schema_of(inner) for inner in item.fields},
         "additionalProperties": False,
     }
+    if item.switch:
+        return {"description": item.help, "oneOf": [fields, {"type": "boolean"}]}
+    return {"description": item.help, **fields}

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import json
 from dataclasses import replace
 from datetime import UTC, datetime, timedelta
 
@@ -12,12 +13,16 @@ from dtp_engine.jobs import (
     AttemptId,
     CheckpointPolicy,
     JobSpec,
+    Launcher,
     NodeRange,
     Resources,
     RetryPolicy,
+    Wandb,
     Watchdog,
 )
 from dtp_engine.launches import Place, command_of, launch_of
+from dtp_trainer import wire
+from dtp_trainer.options import Options, Precision
 
 PLACE = Place(2, "file:///s/", "/scratch", "127.0.0.1", "/z", 60.0, {"TOKEN": "t"})
 
@@ -87,6 +92,11 @@ def test_launch_says_all_that_the_plan_says() -> None:
         setup="pip install x",
         env={"A": "1", "PYTHONUNBUFFERED": "0"},
         data={"train": "/d"},
+        args={"lr": "0.10", "amp": "true"},
+        launcher=Launcher.TORCHRUN,
+        training=Options(precision=Precision.BF16, prefetch=4),
+        wandb=Wandb(project="p", tags=("x",)),
+        tensorboard=True,
         checkpoint=CheckpointPolicy(every=timedelta(minutes=1), keep_best="loss"),
         retry=RetryPolicy(),
         watchdog=Watchdog(timedelta(minutes=5), timedelta(minutes=2)),
@@ -109,6 +119,16 @@ def test_launch_says_all_that_the_plan_says() -> None:
         "keep": 3,
         "keep_best": "loss",
     }
+    assert launch.launcher == "torchrun"
+    assert launch.options == {"precision": "bf16", "prefetch": 4}
+    assert launch.trackers == {
+        "wandb": {"project": "p", "tags": ("x",), "artifacts": "never"},
+        "tensorboard": {},
+    }
+    assert launch.config["name"] == "digits-2"
+    assert (launch.config["args.lr"], launch.config["args.amp"]) == (0.1, True)
+    assert (launch.config["training.precision"], launch.config["nodes"]) == ("bf16", "1..4")
+    assert wire.Launch.from_dict(json.loads(wire.encode_object(launch))).options == launch.options
     assert launch.setup == "pip install x"
     assert launch.data == {"train": "/d"}
     assert launch.env == {

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import dataclasses
 import doctest
 import re
 from datetime import timedelta
@@ -15,8 +16,9 @@ from hypothesis import strategies as st
 
 from dtp_engine import quantities
 from dtp_engine.errors import SpecError, UsageError
-from dtp_engine.jobs import JobSpec, NodeRange
+from dtp_engine.jobs import Artifacts, JobSpec, Launcher, NodeRange, Wandb
 from dtp_engine.spec import as_fields, json_schema, parse_spec, read_spec, walk
+from dtp_trainer.options import CommHook, Compile, Options, Precision
 
 FULL = """\
 name: digits
@@ -35,6 +37,8 @@ env:
   FLAG: on
 secrets: [WANDB_API_KEY]
 data: {train: ./shards}
+launcher: torchrun
+training: {precision: bf16, compile: true, accumulate: 2, clip_grad_norm: 1.0, comm_hook: fp16}
 checkpoint: {every: 500 steps, keep: 5, keep_best: val_loss}
 retry: {on_errors: 1, on_preemption: unlimited, on_hang: 0}
 watchdog: {start_within: 5m, no_step_for: 90s}
@@ -42,6 +46,8 @@ max_duration: 1h30m
 stop_grace: 10s
 priority: 70
 tags: {team: vision}
+wandb: {project: digits, tags: [a, b], artifacts: best}
+tensorboard: on
 """
 SHELL = {"HF_TOKEN": "hf_1", "WANDB_API_KEY": "secret"}
 
@@ -85,6 +91,41 @@ def test_every_field(folder: Path) -> None:
     assert spec.watchdog.no_step_for == timedelta(seconds=90)
     assert spec.max_duration == timedelta(minutes=90)
     assert spec.stop_grace == timedelta(seconds=10)
+    assert spec.launcher is Launcher.TORCHRUN
+    assert spec.training == Options(
+        precision=Precision.BF16,
+        compile=Compile.DEFAULT,
+        accumulate=2,
+        clip_grad_norm=1.0,
+        comm_hook=CommHook.FP16,
+    )
+    assert spec.wandb == Wandb(project="digits", tags=("a", "b"), artifacts=Artifacts.BEST)
+    assert spec.tensorboard
+
+
+def test_every_training_option_is_a_field(folder: Path) -> None:
+    """What `Session` can be given in a script, a job file can say; nothing else."""
+    fields = {r.path.removeprefix("training.") for r in walk() if r.path.startswith("training.")}
+    assert fields == {field.name for field in dataclasses.fields(Options)}
+
+
+def test_a_default_that_is_written_is_given(folder: Path) -> None:
+    """`compile: false` turns off what a script turned on; what is not written leaves it alone."""
+    spec = parse(folder, "task: vision\ntraining: {compile: false, accumulate: 2}\n")
+    assert spec.options == {"compile": "off", "accumulate": 2}
+    assert parse(folder, yaml.safe_dump(as_fields(spec))) == spec
+
+
+@pytest.mark.parametrize(
+    ("text", "wanted"),
+    [("true", Wandb()), ("{}", Wandb()), ("false", None), ("{project: x}", Wandb(project="x"))],
+)
+def test_wandb_is_a_switch_or_a_section(folder: Path, text: str, wanted: Wandb | None) -> None:
+    """`wandb: true` is all that is needed; fields say more; absent and false are off."""
+    spec = parse(folder, f"task: vision\nwandb: {text}\n")
+    assert spec.wandb == wanted
+    assert parse(folder, yaml.safe_dump(as_fields(spec))) == spec
+    assert parse(folder, "task: vision\n").wandb is None
 
 
 def test_defaults(folder: Path) -> None:
@@ -180,7 +221,12 @@ def test_overrides(folder: Path) -> None:
         "args.lr=0.7",
         "args.extra=a: b=c",
         "tags={x: y}",
+        "training.precision=fp16",
+        "wandb.project=p",
     )
+    assert spec.training.precision is Precision.FP16
+    assert spec.wandb is not None
+    assert (spec.wandb.project, spec.wandb.tags) == ("p", ("a", "b"))
     assert spec.checkpoint.every == timedelta(seconds=30)
     assert spec.checkpoint.every_steps is None
     assert spec.nodes == NodeRange(2, 2)
@@ -219,6 +265,7 @@ def test_schema_accepts_what_the_parser_accepts() -> None:
     for reference in walk():
         section, _, name = reference.path.rpartition(".")
         where = schema["properties"][section] if section else schema
+        where = where.get("oneOf", [where])[0] if section else where
         assert where["properties"][name]["description"].startswith(reference.help[:20])
     duration = schema["properties"]["max_duration"]["pattern"]
     assert re.match(duration, "1h30m")
@@ -261,6 +308,7 @@ def test_a_size_is_written_as_people_would(text: str) -> None:
     "name",
     [
         "dtp_engine.engine",
+        "dtp_engine.launches",
         "dtp_engine.quantities",
         "dtp_engine.series",
         "dtp_trainer.wire",

@@ -71,6 +71,7 @@ def _ours(launch: Launch, order: Start, steps_file: Path) -> dict[str, str]:
         Env.STORAGE: launch.storage,
         Env.STEPS_FILE: str(steps_file),
         Env.CHECKPOINT: json.dumps(dict(launch.checkpoint)),
+        Env.OPTIONS: json.dumps(dict(launch.options)),
         Env.DATA: json.dumps(dict(launch.data)),
     }
 
