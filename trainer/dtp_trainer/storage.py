@@ -1,4 +1,4 @@
-"""put, get, list, put-if by URI. Files here; S3 joins behind the same protocol."""
+"""put, get, list, put-if by URI. Files here; `s3` has the same for buckets."""
 
 from __future__ import annotations
 
@@ -91,19 +91,38 @@ class Storage(Protocol):
 
 
 def open_storage(uri: str) -> Storage:
-    """A storage for ``file:///path`` or a plain path; the folder is made by the first write.
+    """A storage for ``file:///path``, a plain path or ``s3://bucket/prefix``.
+
+    Nothing is asked of it yet; a folder is made by the first write, a bucket never.
 
     Raises:
         StorageError: the URI names something else.
     """
     parts = urlsplit(uri)
+    if parts.scheme == "s3" and parts.netloc and not parts.query:
+        from dtp_trainer.s3 import S3Storage  # noqa: PLC0415 - which this module is the base of
+
+        return S3Storage(parts.netloc, parts.path)
     if "://" not in uri:
         return FileStorage(Path(uri).expanduser())
     if parts.scheme == "file" and parts.netloc in ("", "localhost") and parts.path:
         return FileStorage(Path(unquote(parts.path)))
     raise StorageError(
-        f"cannot open storage {uri!r}: use file:///an/absolute/path, or the plain path of a folder"
+        f"cannot open storage {uri!r}: use file:///an/absolute/path, the plain path of a folder, "
+        "or s3://bucket/prefix"
     )
+
+
+def check_key(key: str) -> list[str]:
+    """The names that `key` joins. Raises `StorageError` for one that is no key anywhere."""
+    parts = key.split("/")
+    safe = all(part not in ("", ".", "..") and not part.startswith(_OWN) for part in parts)
+    if not safe or "\0" in key:
+        raise StorageError(
+            f"{key!r} is not a key: use relative names joined by '/', none of them empty, "
+            f"'.', '..' or beginning with {_OWN!r}"
+        )
+    return parts
 
 
 # -------------------------------------------------------------------------------------------- files
@@ -198,14 +217,7 @@ class FileStorage:
                 _sync_folder(path.parent)
 
     def _path(self, key: str) -> Path:
-        parts = key.split("/")
-        safe = all(part not in ("", ".", "..") and not part.startswith(_OWN) for part in parts)
-        if not safe or "\0" in key:
-            raise StorageError(
-                f"{key!r} is not a key: use relative names joined by '/', none of them empty, "
-                f"'.', '..' or beginning with {_OWN!r}"
-            )
-        return self.root.joinpath(*parts)
+        return self.root.joinpath(*check_key(key))
 
     def _compare(self, key: str, tag: str | None) -> None:
         try:
