@@ -1,9 +1,9 @@
 """The API for a script of your own: checkpoints, pause, resume, scale and metrics in five lines.
 
     session = Session(model=model, optimizer=optimizer)
-    model = session.ddp(model)
+    ddp = session.ddp(model)
     for batch in session.batches(dataset, global_batch=64, epochs=10, seed=0):
-        loss = train_step(batch)
+        loss = session.optimize(lambda part: loss_of(ddp, part), batch)
         session.step(loss=loss)
     session.finish()
 
@@ -24,6 +24,7 @@ from torch import Tensor, nn
 from torch.optim import Optimizer
 
 from dtp_trainer.checkpoints.checkpoint import LoadedCheckpoint
+from dtp_trainer.options import Options, of_job
 from dtp_trainer.sampler import Lanes, SamplerError
 from dtp_trainer.session import course
 from dtp_trainer.session.agreement import Decision, Leave
@@ -33,6 +34,7 @@ from dtp_trainer.session.loader import Collate, Dataset, Loader, to_device
 from dtp_trainer.session.state import Stateful, TrainingState
 from dtp_trainer.session.stop import Paused, SessionError, StopRequest
 from dtp_trainer.session.telemetry import Position, Stopwatch, Telemetry, Value, say, say_warnings
+from dtp_trainer.session.update import LossOf, Update
 from dtp_trainer.storage import StorageError
 from dtp_trainer.wire import Env, ExitCode
 
@@ -48,6 +50,8 @@ class Session:
 
     global_step: int
     """Steps completed since the job began, over all attempts."""
+    options: Options
+    """How a step is computed: the script's choice, overruled by the job file's ``training``."""
 
     def __init__(
         self,
@@ -56,11 +60,13 @@ class Session:
         optimizer: Optimizer,
         scheduler: Stateful | None = None,
         state: Mapping[str, Stateful] | None = None,
+        options: Options | None = None,
     ) -> None:
         """`state` names further objects with `state_dict` and `load_state_dict`, the same on every
-        rank (an average of the weights, a gradient scaler). Ends the script with one line when the
-        checkpoint does not fit."""
+        rank (an average of the weights, say). `scheduler.step` is called by `optimize`. Ends the
+        script with one line when the checkpoint does not fit."""
         self.global_step = 0
+        self.options = _chosen(options)
         self._course: course.Course | None = None
         self._loader: Loader | None = None
         self._loaded: LoadedCheckpoint | None = None
@@ -74,7 +80,11 @@ class Session:
                 self._world = join()
                 self._telemetry = Telemetry(self.rank, self.world_size)
                 model.to(self.device)
-                self._state = TrainingState(model, optimizer, scheduler, state or {}, self._world)
+                self._update = Update(
+                    model, optimizer, scheduler, self.options, self._world, self._telemetry
+                )
+                kept = {**(state or {}), **self._update.states()}
+                self._state = TrainingState(model, optimizer, scheduler, kept, self._world)
                 self._keeper = open_keeper(self._world, self._stop)
                 self._resume()
             self._leave_if_asked()
@@ -106,7 +116,9 @@ class Session:
     def ddp(self, model: nn.Module, **options: Any) -> nn.Module:
         """The model for the forward pass: wrapped for gradients to be averaged, or itself when
         there is one rank. `options` are those of `DistributedDataParallel`."""
-        return wrapped(model, self._world, **options)
+        forward = wrapped(model, self._world, **options)
+        self._update.forwards_with(forward)
+        return forward
 
     def batches(
         self,
@@ -151,6 +163,16 @@ class Session:
                 if self.global_step != step + 1:
                     raise RuntimeError("call session.step() once for each batch")
 
+    def optimize(self, loss_of: LossOf, batch: Any) -> Tensor:
+        """One step of the optimizer on this rank's share of a batch, as the options say; returns
+        the share's mean loss, detached.
+
+        `loss_of` computes the mean loss of a batch or of a part of one, with the model that `ddp`
+        gave. Calls it, `backward`, `optimizer.step`, `scheduler.step` and sets the gradients to
+        None. Reports ``lr`` and ``grad_norm``.
+        """
+        return self._update.make(self.global_step + 1, loss_of, batch)
+
     def step(
         self, *, samples: int | None = None, tokens: int | None = None, **values: Value
     ) -> None:
@@ -160,6 +182,7 @@ class Session:
         ranks after the same step. `samples` (default: `global_batch`) and `tokens` are of the
         global batch. Raises `Paused`, which ends the script with 75.
         """
+        self._update.check_used()
         self.global_step += 1
         self._telemetry.sample(values)
         decision = self._decide()
@@ -281,6 +304,13 @@ class Session:
         self._world.leave()
         if kept is Kept.NO:
             raise SessionError(f"what was trained up to step {self.global_step} could not be kept")
+
+
+def _chosen(options: Options | None) -> Options:
+    try:
+        return of_job(options)
+    except ValueError as error:
+        raise SessionError(f"training.{error}") from None
 
 
 @contextlib.contextmanager
