@@ -62,13 +62,9 @@ class S3Storage:
         return self.read_tagged(key).data
 
     def read_tagged(self, key: str) -> Tagged:
-        def fetched() -> Tagged:
-            answer = self._client.get_object(**self._names(key))
-            with answer["Body"] as body:
-                return Tagged(body.read(), answer["ETag"])
-
+        names = self._names(key)
         with explained("read", key, self.uri):
-            return _whole(fetched, key, self.uri)
+            return _whole(lambda: self._client.get_object(**names), key, self.uri)
 
     def open(self, key: str) -> IO[bytes]:
         with explained("read", key, self.uri):
@@ -202,11 +198,13 @@ def _make_client(endpoint: str | None) -> Any:
 # ------------------------------------------------------------------------------------------ reading
 
 
-def _whole(fetched: Callable[[], Tagged], key: str, uri: str) -> Tagged:
-    """The answer of `fetched`, again when its body breaks off."""
+def _whole(ask: Callable[[], Any], key: str, uri: str) -> Tagged:
+    """The content of the answer to `ask`, which is asked again when it breaks off."""
     for number in range(1, _TRIES + 1):
+        answer = ask()
         try:
-            return fetched()
+            with answer["Body"] as body:
+                return Tagged(body.read(), answer["ETag"])
         except Exception as error:
             if not broken_body(error):
                 raise
@@ -248,16 +246,15 @@ class _Ranges(io.RawIOBase):
         super().close()
 
     def _first(self) -> bytes:
-        def fetched() -> Tagged:
+        def ask() -> Any:
             answer = self._client.get_object(**self._named, Range=f"bytes=0-{_RANGE_BYTES - 1}")
             # A server that knows no ranges answers with all of it.
             total = answer.get("ContentRange", "").rpartition("/")[2] or answer["ContentLength"]
             self._size = int(total)
-            with answer["Body"] as body:
-                return Tagged(body.read(), answer["ETag"])
+            return answer
 
         try:
-            first = _whole(fetched, self._key, self._uri)
+            first = _whole(ask, self._key, self._uri)
         except self._client.exceptions.ClientError as error:
             if code_of(error) == "InvalidRange":  # of an empty object
                 return b""
@@ -278,15 +275,11 @@ class _Ranges(io.RawIOBase):
             return self._ahead.popleft().result().data
 
     def _fetch(self, start: int, stop: int) -> Tagged:
-        def fetched() -> Tagged:
-            answer = self._client.get_object(
-                **self._named, Range=f"bytes={start}-{stop - 1}", IfMatch=self._tag
-            )
-            with answer["Body"] as body:
-                return Tagged(body.read(), answer["ETag"])
-
+        part = {"Range": f"bytes={start}-{stop - 1}", "IfMatch": self._tag}
         try:
-            return _whole(fetched, self._key, self._uri)
+            return _whole(
+                lambda: self._client.get_object(**self._named, **part), self._key, self._uri
+            )
         except self._client.exceptions.ClientError as error:
             if refused_condition(error):
                 raise NotFound(

@@ -68,14 +68,10 @@ def refused_condition(error: Exception) -> bool:
 def broken_body(error: Exception) -> bool:
     """The answer came, its content did not, or not as it was sent."""
     from botocore import exceptions as b  # noqa: PLC0415 - loaded with the client
+    from urllib3.exceptions import HTTPError  # noqa: PLC0415 - which botocore lets through here
 
-    return isinstance(
-        error,
-        b.IncompleteReadError
-        | b.ResponseStreamingError
-        | b.ReadTimeoutError
-        | b.FlexibleChecksumError,
-    )
+    kinds = (b.IncompleteReadError, b.ResponseStreamingError, b.FlexibleChecksumError, HTTPError)
+    return isinstance(error, kinds)
 
 
 def _translated(error: Exception, verb: str, key: str, uri: str) -> StorageError | None:
@@ -85,7 +81,7 @@ def _translated(error: Exception, verb: str, key: str, uri: str) -> StorageError
     what = f"cannot {verb} {key} in {uri}"
     if isinstance(error, b.ClientError):
         return _refusal(error, verb, key, uri)
-    if isinstance(error, b.HTTPClientError):
+    if isinstance(error, b.HTTPClientError | b.ConnectionError):
         where = getattr(error, "kwargs", {}).get("endpoint_url") or "S3"
         return StorageError(f"{what}: {where} does not answer; check the network, AWS_ENDPOINT_URL")
     if isinstance(error, b.ParamValidationError):
