@@ -131,6 +131,11 @@ class Keeper:
         taken = snapshot()
         return self._agreed(lambda: self._save(taken, blocking=True))
 
+    def settle(self) -> None:
+        """Nothing is under way any more, neither a word between the ranks nor a write."""
+        self._agreement.settle()
+        self._agreed(self._saver.wait)
+
     def close(self) -> None:
         """Free the buffers; nothing is in flight after `commit`."""
         self._saver.close()

@@ -31,6 +31,8 @@ from dtp_trainer.session.agreement import Decision, Leave
 from dtp_trainer.session.distributed import join, wrapped
 from dtp_trainer.session.keeper import Kept, Snapshot, open_keeper
 from dtp_trainer.session.loader import Collate, Dataset, Loader, to_device
+from dtp_trainer.session.profiling import Profiling
+from dtp_trainer.session.rehearsal import Rehearsal
 from dtp_trainer.session.state import Stateful, TrainingState
 from dtp_trainer.session.stop import Paused, SessionError, StopRequest
 from dtp_trainer.session.telemetry import Position, Stopwatch, Telemetry, Value, say, say_warnings
@@ -79,6 +81,7 @@ class Session:
             with self._stop.leaving_at_once():
                 self._world = join()
                 self._telemetry = Telemetry(self.rank, self.world_size)
+                self._profiling, self._rehearsal = Profiling(self.rank), Rehearsal()
                 model.to(self.device)
                 self._update = Update(
                     model, optimizer, scheduler, self.options, self._world, self._telemetry
@@ -187,9 +190,13 @@ class Session:
         self._telemetry.sample(values)
         decision = self._decide()
         self._checkpoint(decision)
-        self._telemetry.step(self._position(samples, tokens), self._watch.lap())
+        position = self._position(samples, tokens)
+        self._telemetry.step(position, self._watch.lap())
+        self._profiling.end_of_step(self.global_step)
         if decision.leave is not Leave.NO:
             self._leave(decision.leave)
+        if self._rehearsal.over(position):
+            self._end_early(self._rehearsal.summary(position))
 
     def log(self, **values: Value) -> None:
         """Report with the next step; after the last one, with `finish`."""
@@ -291,11 +298,21 @@ class Session:
         self._end(kept)
         raise Paused
 
+    def _end_early(self, why: str) -> None:
+        """Well, and with nothing kept."""
+        if self.rank == 0:
+            say(why)
+        if self._keeper is not None:
+            self._keeper.settle()
+        self._end(Kept.YES)
+        raise SystemExit(int(ExitCode.SUCCEEDED))
+
     def _end(self, kept: Kept) -> None:
         """Close all; ends the script when its state could not be kept."""
         self._over = True
         if self._loader is not None:
             self._loader.close()
+        self._profiling.close()
         self._telemetry.close()
         if kept is Kept.FENCED:
             raise SystemExit(int(ExitCode.FENCED))
