@@ -339,7 +339,7 @@ def test_a_manifest_of_a_newer_format_stops_the_load(two_saved: FileStorage) -> 
     """What a newer version wrote is not mistaken for damage."""
     path = files_of(two_saved, 2)[0].with_name("manifest.json")
     path.write_text(json.dumps({**json.loads(path.read_text()), "format": 99}))
-    with pytest.raises(StorageError, match="format 99, this dtp reads 1"):
+    with pytest.raises(StorageError, match="format 99, this dtp reads 2"):
         load_newest(two_saved)
 
 

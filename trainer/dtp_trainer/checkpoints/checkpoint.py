@@ -22,8 +22,16 @@ from dtp_trainer.checkpoints import heads, manifest, tensorfile
 from dtp_trainer.checkpoints.commit import Committer, Gathering, note_key
 from dtp_trainer.checkpoints.heads import Fenced, Retention
 from dtp_trainer.checkpoints.manifest import DamagedCheckpoint, Manifest, Share, share_file
+from dtp_trainer.checkpoints.pieces import Assembly, MissingPiece
 from dtp_trainer.checkpoints.tensorfile import Malformed, Staging
-from dtp_trainer.checkpoints.tree import Json, Tensors, UnsupportedState, flatten, unflatten
+from dtp_trainer.checkpoints.tree import (
+    Json,
+    Tensors,
+    UnsupportedState,
+    flatten,
+    pieces_in,
+    unflatten,
+)
 from dtp_trainer.storage import NotFound, Storage, StorageError, Unreadable
 from dtp_trainer.wire import CheckpointEntry, checkpoint_name
 
@@ -40,7 +48,8 @@ class StateBundle:
     """
 
     shared: Mapping[str, Any]
-    """The same on all ranks (model, optimizer, scheduler …); each rank writes its share."""
+    """The same on all ranks (model, optimizer, scheduler …); each rank writes its share, and what
+    it holds of the tensors that are a `Piece`."""
     own: Mapping[str, Any] = field(default_factory=dict)
     """Of this rank alone (states of random number generators …)."""
 
@@ -206,13 +215,15 @@ class Checkpointer:
 
     def _flatten(self, state: StateBundle) -> tuple[Tensors, Json, Json]:
         """What this rank writes, and the structures of the shared and its own state."""
-        shared, structure = flatten(state.shared, _SHARED)
+        pieces: Tensors = {}
+        shared, structure = flatten(state.shared, _SHARED, pieces)
         own, own_structure = flatten(state.own, _OWN)
         signature = tensorfile.signature(shared)
         if self._dealt is None or self._dealt[0] != signature:
-            mine = tensorfile.shares(shared, self._world_size)[self._rank]
-            self._dealt = signature, mine
-        return {**{name: shared[name] for name in self._dealt[1]}, **own}, structure, own_structure
+            dealt = tensorfile.shares(shared, self._world_size)[self._rank]
+            self._dealt = signature, dealt
+        mine = {name: shared[name] for name in self._dealt[1]}
+        return {**mine, **pieces, **own}, structure, own_structure
 
     def _join(self) -> None:
         if self._thread is not None:
@@ -392,31 +403,41 @@ def load(storage: Storage, name: str, *, rank: int = 0, world_size: int = 1) -> 
     whole = manifest.read_manifest(storage, name)
     shared: Tensors = {}
     own: Tensors = {}
+    pieces = _assembly(whole)
     for share in whole.shares:
-        tensors = _read_share(storage, name, share)
+        tensors = _read_share(storage, name, share, pieces)
         mine = share.rank == rank and whole.world_size == world_size
-        shared |= {n: t for n, t in tensors.items() if not _is_own(n)}
+        shared |= {n: t for n, t in tensors.items() if not _is_own(n) and not pieces.has(n)}
         own |= {n: t for n, t in tensors.items() if mine and _is_own(n)}
     structures = {s.rank: s.own for s in whole.shares if whole.world_size == world_size}
     try:
         return LoadedCheckpoint(
             entry=whole.entry(verified=True),
-            shared=unflatten(whole.state, shared),
+            shared=unflatten(whole.state, shared | pieces.tensors()),
             own=unflatten(structures[rank], own) if rank in structures else None,
             step=whole.step,
             epoch=whole.epoch,
             values=whole.values,
             data_state=whole.data,
         )
+    except MissingPiece as error:
+        raise DamagedCheckpoint(f"{name}: {error}") from None
     except (ValueError, KeyError, TypeError) as error:
         raise DamagedCheckpoint(f"{name}: its files do not fit its manifest: {error!r}") from None
 
 
-def _read_share(storage: Storage, name: str, share: Share) -> Tensors:
+def _assembly(whole: Manifest) -> Assembly:
+    try:
+        return Assembly(pieces_in(whole.state))
+    except (KeyError, TypeError) as error:
+        raise DamagedCheckpoint(f"{whole.name}: its manifest makes no sense: {error!r}") from None
+
+
+def _read_share(storage: Storage, name: str, share: Share, pieces: Assembly) -> Tensors:
     key = manifest.key_of(name, share.file)
     try:
         with storage.open(key) as file:
-            tensors, sha256 = tensorfile.read(file, share.bytes)
+            tensors, sha256 = tensorfile.read(file, share.bytes, room=pieces.room)
     except Malformed as error:
         with storage.open(key) as file:
             manifest.check_share(name, share, *manifest.hash_of(file))

@@ -15,7 +15,8 @@ from dtp_trainer.checkpoints.heads import FOLDER
 from dtp_trainer.storage import NotFound, Storage, StorageError, Unreadable
 from dtp_trainer.wire import CheckpointEntry
 
-FORMAT = 1
+FORMAT = 2
+"""1 knew no tensors in pieces."""
 FILE = "manifest.json"
 _CHUNK_BYTES = 4 << 20
 

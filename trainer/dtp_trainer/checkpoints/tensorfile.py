@@ -11,7 +11,7 @@ import heapq
 import io
 import json
 import math
-from collections.abc import Iterator, Mapping
+from collections.abc import Callable, Iterator, Mapping
 from dataclasses import dataclass
 from typing import IO, Any, TypeAlias
 
@@ -60,8 +60,26 @@ class Span:
     stop: int
 
 
+Room: TypeAlias = Callable[[Span], torch.Tensor]
+"""Memory, as a contiguous tensor of bytes, for what a span holds."""
+
+
 def supported(dtype: torch.dtype) -> bool:
     return dtype in _DTYPES
+
+
+def dtype_name(dtype: torch.dtype) -> str:
+    """As safetensors calls it."""
+    return _DTYPES[dtype]
+
+
+def dtype_called(name: str) -> torch.dtype:
+    """Raises KeyError when safetensors knows no such name."""
+    return _BY_NAME[name]
+
+
+def own_room(span: Span) -> torch.Tensor:
+    return torch.empty(span.stop - span.start, dtype=torch.uint8)
 
 
 def shares(tensors: Tensors, world_size: int) -> list[list[str]]:
@@ -156,8 +174,11 @@ def write(file: IO[bytes], spans: tuple[Span, ...], data: memoryview) -> tuple[i
     return len(header) + len(data), digest.hexdigest()
 
 
-def read(file: IO[bytes], size: int) -> tuple[dict[str, torch.Tensor], str]:
-    """The tensors of a file of `size` bytes, each in memory of its own, and the file's sha256.
+def read(
+    file: IO[bytes], size: int, *, room: Room = own_room
+) -> tuple[dict[str, torch.Tensor], str]:
+    """The tensors of a file of `size` bytes, each in the memory that `room` gives for it (by
+    default its own), and the file's sha256.
 
     Raises:
         Malformed: it is shorter, longer or something else.
@@ -166,7 +187,7 @@ def read(file: IO[bytes], size: int) -> tuple[dict[str, torch.Tensor], str]:
     digest = hashlib.sha256()
     tensors: dict[str, torch.Tensor] = {}
     for span in _read_header(reader, size, digest):
-        memory = torch.empty(span.stop - span.start, dtype=torch.uint8)
+        memory = room(span)
         _fill(reader, memory.numpy().data, digest)
         tensors[span.name] = _view(memory, span)
     if reader.read(1):

@@ -3,6 +3,9 @@
 Plain values (None, bool, int, finite float, str) and lists stand for themselves in the JSON, as do
 dictionaries with ordinary text keys. Everything else is an object with one key that begins with
 ``~``: ``{"~tensor": "shared.model.weight"}``, ``{"~tuple": [...]}``.
+
+Of a tensor that ranks hold in pieces, the JSON has the shape of the whole, so it is the same on all
+ranks: ``{"~pieces": "shared.model.weight", "shape": [8, 4], "dtype": "F32"}``.
 """
 
 from __future__ import annotations
@@ -10,14 +13,15 @@ from __future__ import annotations
 import base64
 import math
 from collections import Counter, OrderedDict
-from collections.abc import Callable, Iterable, Mapping
+from collections.abc import Callable, Iterable, Iterator, Mapping
 from dataclasses import dataclass, field
 from typing import Any, TypeAlias
 
 import numpy as np
 import torch
 
-from dtp_trainer.checkpoints.tensorfile import supported
+from dtp_trainer.checkpoints.pieces import Piece, Whole, is_piece_name, piece_name
+from dtp_trainer.checkpoints.tensorfile import dtype_called, dtype_name, supported
 
 Json: TypeAlias = Any
 Tensors: TypeAlias = dict[str, torch.Tensor]
@@ -29,16 +33,17 @@ class UnsupportedState(TypeError):
     """The state holds something that no checkpoint can hold; the message names its path."""
 
 
-def flatten(tree: Any, root: str) -> tuple[Tensors, Json]:
+def flatten(tree: Any, root: str, pieces: Tensors | None = None) -> tuple[Tensors, Json]:
     """The tensors of `tree` by name, each name beginning with `root`, and the JSON of the rest.
 
     Tensors are taken by reference and detached. One that occurs several times (tied weights) has
-    one name. Numpy arrays come as tensors that share their memory.
+    one name. Numpy arrays come as tensors that share their memory. What this rank holds of a
+    `Piece` is added to `pieces` by its name in a file; without `pieces` there may be none.
 
     Raises:
         UnsupportedState: naming the path of the value.
     """
-    flat = _Flattening()
+    flat = _Flattening(pieces)
     structure = _encode(tree, root, flat)
     return flat.tensors, structure
 
@@ -57,8 +62,10 @@ def unflatten(structure: Json, tensors: Mapping[str, torch.Tensor]) -> Any:
 
 @dataclass(slots=True)
 class _Flattening:
+    pieces: Tensors | None
     tensors: Tensors = field(default_factory=dict)
     names: dict[tuple[Any, ...], str] = field(default_factory=dict)
+    taken: set[str] = field(default_factory=set)
 
     def name(self, tensor: torch.Tensor, path: str) -> str:
         if tensor.numel() == 0:
@@ -74,11 +81,25 @@ class _Flattening:
             self.names[view] = self._new(tensor, path)
         return self.names[view]
 
+    def name_of_piece(self, piece: Piece, path: str) -> str:
+        view = (id(piece),)
+        if view not in self.names:
+            name = self.names[view] = self._free(path)
+            if self.pieces is not None and piece.data is not None and piece.data.numel():
+                self.pieces[piece_name(name, piece.start)] = piece.data.detach()
+        return self.names[view]
+
     def _new(self, tensor: torch.Tensor, path: str) -> str:
-        name, number = path, 2
-        while name in self.tensors:
-            name, number = f"{path}~{number}", number + 1
+        # No tensor is mistaken for a piece of another one.
+        name = self._free(f"{path}~" if is_piece_name(path) else path)
         self.tensors[name] = tensor
+        return name
+
+    def _free(self, path: str) -> str:
+        name, number = path, 2
+        while name in self.taken:
+            name, number = f"{path}~{number}", number + 1
+        self.taken.add(name)
         return name
 
 
@@ -114,6 +135,39 @@ def _encode_tensor(tensor: torch.Tensor, path: str, flat: _Flattening) -> Json:
     if not tensor.is_contiguous() and _is_dense(tensor):
         encoded["stride"] = list(tensor.stride())
     return encoded
+
+
+def _encode_piece(piece: Piece, path: str, flat: _Flattening) -> Json:
+    if flat.pieces is None:
+        raise UnsupportedState(f"{path} is a piece of a tensor, but other ranks have none of it")
+    if not supported(piece.dtype):
+        raise UnsupportedState(f"{path} is a tensor of {piece.dtype}, which safetensors has not")
+    encoded: dict[str, Json] = {
+        "~pieces": flat.name_of_piece(piece, path),
+        "shape": list(piece.shape),
+        "dtype": dtype_name(piece.dtype),
+    }
+    if piece.stride is not None:
+        encoded["stride"] = list(piece.stride)
+    return encoded
+
+
+def pieces_in(structure: Json) -> dict[str, Whole]:
+    """The tensors that a structure has in pieces, by name."""
+    return {
+        found["~pieces"]: Whole(tuple(found["shape"]), dtype_called(found["dtype"]))
+        for found in _pieces(structure)
+    }
+
+
+def _pieces(structure: Json) -> Iterator[Mapping[str, Json]]:
+    if isinstance(structure, dict):
+        if "~pieces" in structure:
+            yield structure
+        structure = list(structure.values())
+    if isinstance(structure, list):
+        for item in structure:
+            yield from _pieces(item)
 
 
 def _is_dense(tensor: torch.Tensor) -> bool:
@@ -195,6 +249,7 @@ _ENCODERS: dict[type, _Encoder] = {
     Counter: lambda v, path, flat: {"~counter": _encode_pairs(v, path, flat)},
     OrderedDict: _encode_ordered,
     bytes: lambda v, _path, _flat: {"~bytes": base64.b64encode(v).decode()},
+    Piece: _encode_piece,
     torch.dtype: lambda v, _path, _flat: {"~dtype": str(v).removeprefix("torch.")},
     torch.device: lambda v, _path, _flat: {"~device": str(v)},
     np.ndarray: _encode_array,
@@ -237,6 +292,7 @@ def _decode_dtype(name: str, _whole: Json, _flat: _Unflattening) -> torch.dtype:
 
 _DECODERS: dict[str, Callable[[Json, Json, _Unflattening], Any]] = {
     "~tensor": lambda name, whole, flat: flat.tensor(name, whole),
+    "~pieces": lambda name, whole, flat: flat.tensor(name, whole),
     "~complex": lambda v, _whole, flat: torch.view_as_complex(_decode(v, flat)),
     "~float": lambda text, _whole, _flat: float(text),
     "~tuple": lambda items, _whole, flat: tuple(_decode(items, flat)),
