@@ -1,4 +1,4 @@
-"""Promises of a rank's step records, of its stopwatch and of the loader that it waits for."""
+"""Promises of a rank's step records, and of the loader that it waits for."""
 
 from __future__ import annotations
 
@@ -15,7 +15,7 @@ import torch
 
 from dtp_trainer import wire
 from dtp_trainer.session.loader import Loader, to_device
-from dtp_trainer.session.telemetry import Position, Stopwatch, Telemetry
+from dtp_trainer.session.telemetry import Position, Telemetry
 
 FIVE = Position(step=5, epoch=0.5, total_steps=10, samples=12)
 
@@ -105,19 +105,6 @@ def fill(path: Path) -> None:
     with contextlib.suppress(OSError), path.open("wb", buffering=0) as file:
         while True:
             file.write(bytes(4096))
-
-
-def test_an_evaluation_is_no_time_of_the_step() -> None:
-    """Phases add up within a lap, and `evaluate` is kept out of the step's wall time."""
-    watch = Stopwatch()
-    watch.add("evaluate", 100.0)
-    watch.add("data", 0.25)
-    watch.add("data", 0.25)
-    seconds = watch.lap()
-    assert seconds["evaluate"] == 100.0
-    assert seconds["data"] == 0.5
-    assert seconds["step"] < 0
-    assert list(watch.lap()) == ["step"]
 
 
 class Squares:

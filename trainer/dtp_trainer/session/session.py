@@ -31,11 +31,12 @@ from dtp_trainer.session.agreement import Decision, Leave
 from dtp_trainer.session.distributed import join, wrapped
 from dtp_trainer.session.keeper import Kept, Snapshot, open_keeper
 from dtp_trainer.session.loader import Collate, Dataset, Loader, to_device
+from dtp_trainer.session.phases import Phases
 from dtp_trainer.session.profiling import Profiling
 from dtp_trainer.session.rehearsal import Rehearsal
 from dtp_trainer.session.state import Stateful, TrainingState
 from dtp_trainer.session.stop import Paused, SessionError, StopRequest
-from dtp_trainer.session.telemetry import Position, Stopwatch, Telemetry, Value, say, say_warnings
+from dtp_trainer.session.telemetry import Position, Telemetry, Value, say, say_warnings
 from dtp_trainer.session.update import LossOf, Update
 from dtp_trainer.storage import StorageError
 from dtp_trainer.wire import Env, ExitCode
@@ -91,7 +92,8 @@ class Session:
                 self._keeper = open_keeper(self._world, self._stop)
                 self._resume()
             self._leave_if_asked()
-        self._watch = Stopwatch()
+        self._watch = Phases(self.device)
+        self._watch.follow_optimizer(optimizer)
         self._first_step = self.global_step + 1
 
     @property
@@ -121,6 +123,7 @@ class Session:
         there is one rank. `options` are those of `DistributedDataParallel`."""
         forward = wrapped(model, self._world, **options)
         self._update.forwards_with(forward)
+        self._watch.follow_model(forward)
         return forward
 
     def batches(
@@ -161,7 +164,9 @@ class Session:
         with contextlib.closing(self._loader):
             for step in range(self.global_step, self._course.total_steps):
                 with self._watch.phase("data"):
-                    batch = to_device(next(self._loader), self.device)
+                    fetched = next(self._loader)
+                with self._watch.phase("h2d"):
+                    batch = to_device(fetched, self.device)
                 yield batch
                 if self.global_step != step + 1:
                     raise RuntimeError("call session.step() once for each batch")
@@ -204,7 +209,7 @@ class Session:
 
     def evaluating(self) -> AbstractContextManager[None]:
         """Around an evaluation: its time is reported by itself, not as the step's."""
-        return self._watch.phase("evaluate")
+        return self._watch.evaluating()
 
     def sum(self, values: Tensor) -> Tensor:
         """Over all ranks, on the CPU; every rank calls it at the same place."""

@@ -2,12 +2,11 @@
 
 from __future__ import annotations
 
-import contextlib
 import logging
 import os
 import sys
 import time
-from collections.abc import Iterator, Mapping
+from collections.abc import Mapping
 from dataclasses import dataclass
 from io import FileIO
 from pathlib import Path
@@ -54,33 +53,6 @@ class Position:
     samples: int
     """Of the global batch."""
     tokens: int | None = None
-
-
-class Stopwatch:
-    """Seconds by phase since the last lap. ``evaluate`` does not count as time of the step."""
-
-    def __init__(self) -> None:
-        self._started = time.perf_counter()
-        self._phases: dict[str, float] = {}
-
-    @contextlib.contextmanager
-    def phase(self, name: str) -> Iterator[None]:
-        started = time.perf_counter()
-        try:
-            yield
-        finally:
-            self.add(name, time.perf_counter() - started)
-
-    def add(self, name: str, seconds: float) -> None:
-        self._phases[name] = self._phases.get(name, 0.0) + seconds
-
-    def lap(self) -> dict[str, float]:
-        """Phase → seconds, with ``step`` = wall time of the whole step; a new lap begins."""
-        now = time.perf_counter()
-        whole = now - self._started - self._phases.get("evaluate", 0.0)
-        seconds = {"step": whole, **self._phases}
-        self._started, self._phases = now, {}
-        return seconds
 
 
 class Telemetry:

@@ -1,0 +1,225 @@
+"""Where the time of a step goes, as found by hooks alone."""
+
+from __future__ import annotations
+
+import copy
+import pickle
+import time
+from typing import Any
+
+import pytest
+import torch
+from torch import Tensor, nn
+
+from dtp_trainer.session.exchange import Exchange
+from dtp_trainer.session.phases import Phases, _Hook
+
+CPU = torch.device("cpu")
+LONG_S = 0.03
+
+
+class Slow(nn.Module):
+    """Each pass takes its time, forward and backward."""
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.layer = nn.Linear(2, 2)
+
+    def forward(self, x: Tensor) -> Tensor:
+        time.sleep(LONG_S)
+        y: Tensor = self.layer(x)
+        if y.requires_grad:
+            y.register_hook(lambda _: time.sleep(LONG_S))
+        return y
+
+
+class Bench:
+    """A model, its optimizer, and the phases that follow them."""
+
+    def __init__(self) -> None:
+        self.model = Slow()
+        self.optimizer = torch.optim.SGD(self.model.parameters(), lr=0.1)
+        self.phases = Phases(CPU)
+        self.phases.follow_model(self.model)
+        self.phases.follow_optimizer(self.optimizer)
+
+    def pass_(self) -> None:
+        self.model(torch.ones(1, 2)).sum().backward()
+
+    def lap(self) -> dict[str, float]:
+        return {name: seconds for name, seconds in self.phases.lap().items() if seconds >= LONG_S}
+
+
+@pytest.fixture
+def bench() -> Bench:
+    bench = Bench()
+    bench.pass_()
+    bench.phases.lap()
+    return bench
+
+
+def test_a_plain_loop_is_told_apart_without_its_help(bench: Bench) -> None:
+    """Forward, backward (the loss included) and optimizer, and the phases are the whole step."""
+    bench.pass_()
+    bench.optimizer.step()
+    seconds = bench.phases.lap()
+    assert seconds["forward"] >= LONG_S
+    assert seconds["backward"] >= LONG_S
+    assert 0 < seconds["optimizer"] < seconds["forward"]
+    step = seconds.pop("step")
+    assert sum(seconds.values()) == pytest.approx(step, abs=1e-3)
+
+
+def test_parts_of_a_step_add_up(bench: Bench) -> None:
+    """Three passes before one step of the optimizer are three forwards and three backwards."""
+    for _ in range(3):
+        bench.pass_()
+    bench.optimizer.step()
+    seconds = bench.phases.lap()
+    assert seconds["forward"] >= 3 * LONG_S
+    assert seconds["backward"] >= 3 * LONG_S
+
+
+def test_an_evaluation_is_no_time_of_the_step(bench: Bench) -> None:
+    """Its passes count as `evaluate`, with and without gradients, and not in the step's time."""
+    bench.pass_()
+    with bench.phases.evaluating():
+        bench.model(torch.ones(1, 2))
+        with torch.no_grad():
+            bench.model(torch.ones(1, 2))
+    seconds = bench.phases.lap()
+    assert seconds["evaluate"] >= 2 * LONG_S
+    assert seconds["forward"] < 2 * LONG_S
+    assert seconds["step"] == pytest.approx(
+        sum(seconds.values()) - seconds["step"] - seconds["evaluate"], abs=1e-3
+    )
+
+
+def test_a_pass_without_gradients_is_no_forward(bench: Bench) -> None:
+    """A teacher or a sample drawn in the step belongs to what is left."""
+    with torch.no_grad():
+        bench.model(torch.ones(1, 2))
+    assert set(bench.lap()) == {"step", "other"}
+
+
+def test_a_phase_within_a_phase_is_its_own(bench: Bench) -> None:
+    """What the script waits for inside a pass is taken out of it."""
+    bench.model(torch.ones(1, 2))
+    with bench.phases.phase("data"):
+        time.sleep(LONG_S)
+    seconds = bench.phases.lap()
+    assert seconds["data"] >= LONG_S
+    assert seconds["backward"] < LONG_S
+
+
+def test_a_lap_knows_nothing_of_the_one_before(bench: Bench) -> None:
+    """An optimizer that was never called, or a pass that failed, leaves no phase open."""
+    with pytest.raises(RuntimeError):
+        bench.model(torch.ones(1, 3))
+    bench.phases.lap()
+    time.sleep(LONG_S)
+    assert set(bench.lap()) == {"step", "other"}
+
+
+def test_a_copy_of_the_model_is_not_followed(bench: Bench) -> None:
+    """A moving average made by deepcopy, or a model sent by pickle, is no part of the step."""
+    twins = [copy.deepcopy(bench.model), pickle.loads(pickle.dumps(bench.model))]
+    for twin in twins:
+        twin(torch.ones(1, 2))
+    assert set(bench.lap()) == {"step", "other"}
+
+
+def test_a_model_compiled_in_place_keeps_one_graph() -> None:
+    """The borders are set around the compiled call, not in it."""
+    calls: list[str] = []
+
+    class Compiled(nn.Module):
+        def __init__(self) -> None:
+            super().__init__()
+            self._compiled_call_impl = lambda *_: calls.append("compiled")
+
+    model, phases = Compiled(), Phases(CPU)
+    phases.follow_model(model)
+    model(torch.ones(1))
+    time.sleep(LONG_S)
+    assert calls == ["compiled"]
+    assert phases.lap()["backward"] >= LONG_S
+    assert not model._forward_pre_hooks
+
+
+class Numbers:
+    """What DDP tells of itself, in nanoseconds."""
+
+    def __init__(self, **told: int) -> None:
+        self.told = told
+        self.rates: list[int] = []
+
+    def _get_ddp_logging_data(self) -> dict[str, Any]:
+        return self.told
+
+    def _set_ddp_runtime_logging_sample_rate(self, rate: int) -> None:
+        self.rates.append(rate)
+
+
+MEASURED = {"backward_comm_time": 90_000_000, "backward_compute_comm_overlap_time": 30_000_000}
+
+
+@pytest.mark.parametrize(
+    ("told", "exposed"),
+    [
+        (MEASURED, 0.06),
+        ({**MEASURED, "backward_compute_comm_overlap_time": 95_000_000}, 0.0),
+        ({"backward_comm_time": 90_000_000}, None),
+        ({}, None),
+        ({**MEASURED, "backward_comm_time": "n/a"}, None),
+    ],
+)
+def test_exposed_communication(told: dict[str, Any], exposed: float | None) -> None:
+    """It is what was not hidden behind the backward pass; a number that this torch does not have
+    is none, and no error."""
+    exchange = Exchange(choose_rate=True)
+    exchange._models.append(Numbers(**told))
+    assert exchange.exposed_s(0.01) == (None if exposed is None else pytest.approx(exposed))
+
+
+def test_a_torch_without_these_numbers_is_asked_once() -> None:
+    """What is not there costs the number only."""
+    exchange = Exchange(choose_rate=True)
+    exchange._models.append(object())
+    assert exchange.exposed_s(0.01) is None
+    assert exchange._models == []
+
+
+@pytest.mark.parametrize(("step_s", "rates"), [(0.025, [10]), (1e-6, []), (5.0, [1])])
+def test_about_four_steps_a_second_are_measured(step_s: float, rates: list[int]) -> None:
+    """Of fast steps one in a hundred, as is DDP's own habit."""
+    exchange, numbers = Exchange(choose_rate=True), Numbers(**MEASURED)
+    exchange._models.append(numbers)
+    exchange.exposed_s(step_s)
+    assert numbers.rates == rates
+
+
+def test_a_hook_of_a_copy_does_nothing() -> None:
+    """It holds nothing that could keep the original alive."""
+    assert copy.copy(_Hook(lambda: None))._call is None
+
+
+@pytest.mark.gpu
+@pytest.mark.skipif(not torch.cuda.is_available(), reason="needs a CUDA device")
+def test_phases_of_a_gpu_come_two_steps_later() -> None:
+    """They are the GPU's own times, read when it has come past them."""
+    device = torch.device("cuda")
+    model = nn.Linear(2048, 2048, device=device)
+    optimizer = torch.optim.SGD(model.parameters(), lr=1e-3)
+    phases = Phases(device)
+    phases.follow_model(model)
+    phases.follow_optimizer(optimizer)
+    laps = []
+    for _ in range(6):
+        model(torch.ones(2048, 2048, device=device)).sum().backward()
+        optimizer.step()
+        torch.cuda.synchronize()
+        laps.append(phases.lap())
+    assert [len(lap) > 1 for lap in laps] == [False, False, True, True, True, True]
+    assert {"step", "forward", "backward", "optimizer", "other"} == set(laps[-1])
+    assert all(seconds >= 0 for seconds in laps[-1].values())
