@@ -464,6 +464,8 @@ class CheckpointEntry(_Json):
     verified: bool | None = None
     """True after a background or load-time check of every hash, False when one failed, None
     before."""
+    seconds: float | None = None
+    """From the copy of its tensors to its commit; None for one of an older version."""
 
 
 @dataclasses.dataclass(frozen=True, slots=True)

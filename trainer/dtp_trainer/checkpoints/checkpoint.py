@@ -320,7 +320,8 @@ class Checkpointer:
                 torch=torch.__version__,
                 state=save.state,
                 shares=(share, *others),
-            )
+            ),
+            since=save.began + save.blocked_s,
         )
 
 
@@ -381,11 +382,14 @@ def load_newest(
         except DamagedCheckpoint as error:
             damage.append(str(error))
             instead = f"; trying {entries[number].name} instead" if number < len(entries) else ""
-            (on_damage or _log.warning)(f"checkpoint {entry.name} is damaged: {error}{instead}")
+            refused = isinstance(error, manifest.UnreadableCheckpoint)
+            what = "cannot be read" if refused else "is damaged"
+            (on_damage or _log.warning)(f"checkpoint {entry.name} {what}: {error}{instead}")
+            if not refused:
+                _mark(storage, entry, rank, verified=False)
         else:
             _mark(storage, entry, rank, verified=True)
             return replace(loaded, entry=replace(entry, verified=True))
-        _mark(storage, entry, rank, verified=False)
     if damage:
         raise DamagedCheckpoint(
             f"none of the {len(entries)} checkpoints in {storage.uri} is whole "
@@ -443,7 +447,7 @@ def _read_share(storage: Storage, name: str, share: Share, pieces: Assembly) -> 
             manifest.check_share(name, share, *manifest.hash_of(file))
         raise DamagedCheckpoint(f"{name}/{share.file} {error}") from None
     except (NotFound, Unreadable) as error:
-        raise DamagedCheckpoint(f"{name}/{share.file} cannot be read: {error}") from None
+        raise manifest.not_given(name, share.file, error) from None
     manifest.check_share(name, share, share.bytes, sha256)
     return tensors
 

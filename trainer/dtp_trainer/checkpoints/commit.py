@@ -7,11 +7,17 @@ import logging
 import threading
 import time
 from collections.abc import Iterable
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 
 from dtp_trainer.checkpoints import heads, manifest
 from dtp_trainer.checkpoints.heads import Retention
-from dtp_trainer.checkpoints.manifest import DamagedCheckpoint, Manifest, Share, share_file
+from dtp_trainer.checkpoints.manifest import (
+    DamagedCheckpoint,
+    Manifest,
+    Share,
+    UnreadableCheckpoint,
+    share_file,
+)
 from dtp_trainer.storage import NotFound, Storage, StorageError
 from dtp_trainer.wire import CheckpointEntry, CheckpointHead
 
@@ -81,12 +87,15 @@ class Committer:
             pause_s = min(pause_s * 1.5, _POLL_AT_MOST_S)
         return [found[rank] for rank in sorted(found)]
 
-    def commit(self, whole: Manifest) -> CheckpointEntry:
-        """Write the manifest and enter the checkpoint in the head. Raises `Fenced`."""
+    def commit(self, whole: Manifest, *, since: float) -> CheckpointEntry:
+        """Write the manifest and enter the checkpoint in the head. Raises `Fenced`.
+
+        since: On `time.perf_counter`, when its tensors were copied.
+        """
         # Before the manifest, too: nothing of a generation that is over should look complete.
         heads.check_fence(heads.read_head(self._storage), self._generation)
         self._storage.write(manifest.key_of(whole.name), manifest.encode(whole))
-        entry = whole.entry()
+        entry = replace(whole.entry(), seconds=round(time.perf_counter() - since, 3))
         heads.commit(self._storage, entry)
         return entry
 
@@ -153,6 +162,8 @@ class Committer:
         """Read a checkpoint back and note the outcome in the head."""
         try:
             manifest.verify(self._storage, name, between=self._check_hurry)
+        except UnreadableCheckpoint:
+            raise
         except DamagedCheckpoint as damage:
             _log.warning("checkpoint %s is damaged: %s", name, damage)
             return heads.set_verified(self._storage, name, verified=False)

@@ -25,6 +25,10 @@ class DamagedCheckpoint(StorageError):
     """A checkpoint that is not what its writer wrote; the message says which file and how."""
 
 
+class UnreadableCheckpoint(DamagedCheckpoint):
+    """The medium does not give it, so nobody knows whether it is what its writer wrote."""
+
+
 @dataclass(frozen=True, slots=True)
 class Share:
     """The file of one rank."""
@@ -146,7 +150,7 @@ def read_manifest(storage: Storage, name: str) -> Manifest:
         shares = tuple(Share.from_dict(share) for share in content["files"])
         manifest = Manifest(**{field: content[field] for field in _FIELDS}, shares=shares)
     except (NotFound, Unreadable) as error:
-        raise DamagedCheckpoint(f"{name}/{FILE} cannot be read: {error}") from None
+        raise not_given(name, FILE, error) from None
     except (ValueError, KeyError, TypeError, AttributeError):
         raise DamagedCheckpoint(f"{name}/{FILE} is not a manifest") from None
     found = _self_hash(content)
@@ -176,7 +180,7 @@ def verify(storage: Storage, name: str, *, between: Callable[[], None] | None = 
             with storage.open(key_of(name, share.file)) as file:
                 size, sha256 = hash_of(file, between=between)
         except (NotFound, Unreadable) as error:
-            raise DamagedCheckpoint(f"{name}/{share.file} cannot be read: {error}") from None
+            raise not_given(name, share.file, error) from None
         check_share(name, share, size, sha256)
     return manifest
 
@@ -190,6 +194,12 @@ def hash_of(file: IO[bytes], *, between: Callable[[], None] | None = None) -> tu
         if between:
             between()
     return size, digest.hexdigest()
+
+
+def not_given(name: str, file: str, error: NotFound | Unreadable) -> DamagedCheckpoint:
+    """A file that is missing is damage; one that is refused may come another time."""
+    kind = UnreadableCheckpoint if isinstance(error, Unreadable) else DamagedCheckpoint
+    return kind(f"{name}/{file} cannot be read: {error}")
 
 
 def _self_hash(content: Mapping[str, Any]) -> str:
