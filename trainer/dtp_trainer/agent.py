@@ -23,13 +23,11 @@ from pathlib import Path
 from typing import Any
 
 from dtp_trainer.gang import election, links
+from dtp_trainer.gang.candidate import Candidate
 from dtp_trainer.gang.election import Led, Over, Vacant
-from dtp_trainer.gang.leader import Leader
 from dtp_trainer.gang.member import Member
-from dtp_trainer.gang.office import Office
-from dtp_trainer.gang.report import inherit
 from dtp_trainer.ranks.launcher import RankLauncher
-from dtp_trainer.storage import Conflict, Storage, StorageError, open_storage
+from dtp_trainer.storage import Storage, StorageError, open_storage
 from dtp_trainer.wire import Env, Exit, ExitCode, Launch
 from dtp_trainer.worker import claims, steady
 from dtp_trainer.worker.crew import warm_spec
@@ -63,7 +61,9 @@ class Agent:
         self._folder = folder
         self._storage: Storage = open_storage(launch.storage)
         self._member = Member(launch, launcher=launcher, lines=lines)
-        self._leading: asyncio.Task[None] | None = None
+        self._candidate = Candidate(
+            launch, self._storage, announce=lines.record, complain=self._complain
+        )
         self._working: asyncio.Task[Ending] | None = None
         self._seen: tuple[str | None, float] = (None, steady.now())
         """The newest tag of ``gang.json`` and when it was first seen."""
@@ -94,7 +94,7 @@ class Agent:
         finally:
             guarding.cancel()
             sampler.stop()
-            await self._stop_leading()
+            await self._candidate.retire(self._farewell_s)
 
     # ------------------------------------------------------------------------------------ stopping
 
@@ -128,14 +128,6 @@ class Agent:
         self._farewell_s = 0.0
         if self._working is not None:
             self._working.cancel()
-
-    async def _stop_leading(self) -> None:
-        """Others may still be reading their dismissal."""
-        if self._leading is None:
-            return
-        await asyncio.wait([self._leading], timeout=self._farewell_s)
-        self._leading.cancel()
-        await asyncio.wait([self._leading])
 
     # ------------------------------------------------------------------------------------- working
 
@@ -224,50 +216,7 @@ class Agent:
 
     async def _campaign(self, sight: election.Sight) -> bool:
         """Try to become leader; True when somebody leads now."""
-        if self._leading is not None and not self._leading.done():
-            return False
-        elected: asyncio.Future[Leader] = asyncio.get_running_loop().create_future()
-        server = await self._open_door(elected)
-        try:
-            leader = await self._elect(sight, server.sockets[0].getsockname()[1])
-        except StorageError as error:
-            elected.cancel()
-            server.close()
-            if not isinstance(error, Conflict):
-                self._complain(error)
-            return isinstance(error, Conflict)
-        elected.set_result(leader)
-        self._leading = asyncio.create_task(leader.run(server))
-        return True
-
-    async def _elect(self, sight: election.Sight, port: int) -> Leader:
-        """Raises `Conflict` when another worker was faster, `StorageError`."""
-        launch = self._launch
-        mandate = await asyncio.to_thread(
-            election.take_office,
-            self._storage,
-            sight,
-            attempt=launch.attempt,
-            worker=launch.worker,
-            address=f"{launch.host}:{port}",
-        )
-        state = inherit(sight.gang, launch, steady.now())
-        office = Office(self._storage, mandate)
-        told = sight.gang.events[-1].seq if sight.gang and sight.gang.events else 0
-        return Leader(launch, self._storage, office, state, self._lines.record, told=told)
-
-    async def _open_door(self, elected: asyncio.Future[Leader]) -> asyncio.Server:
-        """A server that hands its visitors to the leader, as soon as it is elected."""
-
-        async def visit(reader: asyncio.StreamReader, writer: asyncio.StreamWriter) -> None:
-            try:
-                leader = await asyncio.shield(elected)
-            except asyncio.CancelledError:
-                writer.close()
-            else:
-                await leader.welcome(reader, writer)
-
-        return await asyncio.start_server(visit, self._launch.host, 0, limit=links.LONGEST_LINE)
+        return await self._candidate.campaign(sight, unchanged_s=steady.now() - self._seen[1])
 
     def _complain(self, error: StorageError) -> None:
         if str(error) != self._storage_trouble:

@@ -439,6 +439,10 @@ class Gang(_Json):
     errors_used: int = 0
     """Of the error budget, in this attempt."""
     hangs_used: int = 0
+    leader_errors: int = 0
+    """Leaders of this attempt that failed in a row, by mistakes of ours."""
+    leader_error: str = ""
+    """What failed the leader that wrote this last; empty: nothing did."""
     outcome: int | None = None
     """With phase ENDED: the gang's exit code (`ExitCode`, or the failing rank's own)."""
     detail: str = ""

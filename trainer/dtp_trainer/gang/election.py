@@ -8,7 +8,7 @@ from dataclasses import dataclass, replace
 from typing import TypeAlias
 
 from dtp_trainer.storage import NotFound, Storage
-from dtp_trainer.wire import GANG_KEY, ExitCode, Gang, GangPhase, encode_object
+from dtp_trainer.wire import GANG_KEY, ExitCode, Gang, GangEvent, GangPhase, Member, encode_object
 
 
 @dataclass(frozen=True, slots=True)
@@ -66,7 +66,15 @@ def look(storage: Storage) -> Sight:
         gang: Gang = Gang.from_dict(json.loads(found.data))
     except (ValueError, TypeError, AttributeError):
         return Sight(None, found.tag)
-    return Sight(gang, found.tag)
+    return Sight(gang if _sound(gang) else None, found.tag)
+
+
+def _sound(gang: Gang) -> bool:
+    """What leaders count with is numbers."""
+    counted = (gang.attempt, gang.term, gang.leader, gang.generation, gang.leader_errors)
+    events = all(isinstance(e, GangEvent) and isinstance(e.seq, int) for e in gang.events)
+    members = all(isinstance(member, Member) for member in gang.members)
+    return events and members and all(isinstance(number, int) for number in counted)
 
 
 def judge(gang: Gang | None, attempt: int) -> Verdict:
@@ -114,6 +122,8 @@ def _afresh(old: Gang, attempt: int) -> Gang:
         restarts=0,
         errors_used=0,
         hangs_used=0,
+        leader_errors=0,
+        leader_error="",
         outcome=None,
         detail="",
     )

@@ -13,6 +13,7 @@ from dtp_trainer.gang.state import (
     FromMember,
     Input,
     Lost,
+    Noted,
     Phase,
     Prepared,
     Said,
@@ -41,6 +42,8 @@ def absorb(state: State, given: Input, now: float) -> State:
             return replace(state, phase=Phase.GATHERING, not_before=now + RETRY_S, trouble=why)
         case Committed(entry):
             return replace(state, chronicle=state.chronicle.committed(entry))
+        case Noted(name, text):
+            return told(state, now, name, text, step=state.progress.step)
         case Prepared() | Unprepared() | Tick():
             return state
         case _:

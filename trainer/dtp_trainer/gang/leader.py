@@ -50,6 +50,7 @@ from dtp_trainer.gang.state import (
     Tick,
     Unprepared,
 )
+from dtp_trainer.gang.wishes import Wishes
 from dtp_trainer.storage import Storage, StorageError
 from dtp_trainer.wire import ExitCode, GangEvent, Launch
 from dtp_trainer.worker import steady
@@ -98,6 +99,7 @@ class Leader:
         self._announce = announce
         self._state = state
         self._contacts = Contacts(hear=self._hear, lost=lambda worker: self._feed(Lost(worker)))
+        self._wishes = Wishes(storage)
         self._ports: dict[int, asyncio.Future[int]] = {}
         self._tasks: set[asyncio.Task[None]] = set()
         self._timer: asyncio.TimerHandle | None = None
@@ -106,9 +108,13 @@ class Leader:
         self._told = told
         self._trouble = ""
         """What storage said last, when it refused."""
+        self._failure: Exception | None = None
 
     async def run(self, server: asyncio.Server) -> None:
-        """`server` hands its connections to `welcome`; it is closed at the end."""
+        """`server` hands its connections to `welcome`; it is closed at the end.
+
+        Raises whatever a mistake of ours raised, in whichever task or timer that was.
+        """
         self._tell_news()
         self._spawn(self._publish_always())
         self._spawn(self._contacts.keep())
@@ -123,6 +129,8 @@ class Leader:
                 task.cancel()
             await asyncio.gather(*self._tasks, return_exceptions=True)
             self._contacts.close()
+        if self._failure is not None:
+            raise self._failure
 
     # ------------------------------------------------------------------------------------- members
 
@@ -145,6 +153,12 @@ class Leader:
         link.close()
 
     async def _hear(self, worker: int, message: Message) -> None:
+        try:
+            await self._listen_to(worker, message)
+        except Exception as error:  # noqa: BLE001 - nobody else waits for this task
+            self._fail(error)
+
+    async def _listen_to(self, worker: int, message: Message) -> None:
         match message:
             case Port(ticket, port):
                 waiting = self._ports.get(ticket)
@@ -164,11 +178,14 @@ class Leader:
     def _feed(self, given: Input) -> None:
         if self._over.is_set():
             return
-        self._state, outputs = gang.step(self._state, given, steady.now())
-        for output in outputs:
-            self._do(output)
-        self._tell_news()
-        self._set_timer()
+        try:
+            self._state, outputs = gang.step(self._state, given, steady.now())
+            for output in outputs:
+                self._do(output)
+            self._tell_news()
+            self._set_timer()
+        except Exception as error:  # noqa: BLE001 - a timer would swallow it, and nothing happen
+            self._fail(error)
 
     def _tell_news(self) -> None:
         fresh = [event for event in self._state.chronicle.events if event.seq > self._told]
@@ -256,6 +273,7 @@ class Leader:
             self._news.clear()
             try:
                 await self._look_for_checkpoints()
+                await self._wishes.pass_on(self._state, self._feed, self._contacts.send)
                 await self._published()
             except Deposed:
                 self._abdicate()
@@ -298,11 +316,14 @@ class Leader:
         task.add_done_callback(self._ended)
 
     def _ended(self, task: asyncio.Task[None]) -> None:
-        """A leader that cannot do its work makes way for another, or for itself afresh."""
         self._tasks.discard(task)
-        if not task.cancelled() and (error := task.exception()) is not None:
-            log.error("the leader failed: %s: %s", type(error).__name__, error)
-            self._over.set()
+        if not task.cancelled() and isinstance(error := task.exception(), Exception):
+            self._fail(error)
+
+    def _fail(self, error: Exception) -> None:
+        """A leader that cannot do its work makes way for another, or for itself afresh."""
+        self._failure = self._failure or error
+        self._over.set()
 
     def _abdicate(self) -> None:
         log.warning("another leader took over; the ranks of this one end")

@@ -16,6 +16,7 @@ from dtp_trainer.gang.messages import (
     Kill,
     Leaving,
     Port,
+    Profile,
     Pulse,
     RankExited,
     RanksGone,
@@ -109,7 +110,7 @@ class Member:
                     return None
                 case Dismiss():
                     return message
-                case AskPort() | Start() | Drain() | Kill() | Pulse():
+                case AskPort() | Start() | Drain() | Kill() | Profile() | Pulse():
                     await self._do(message)
                 case _:
                     return None
@@ -126,6 +127,9 @@ class Member:
             case Kill(generation, dump):
                 if self._crew is not None and self._crew.order.generation == generation:
                     self._crew.kill(dump=dump)
+            case Profile(generation, ask):
+                if self._crew is not None and self._crew.order.generation == generation:
+                    self._crew.pass_on(ask)
             case Dismiss() | Pulse():
                 pass
             case _:
@@ -162,6 +166,8 @@ class Member:
             await crew.run()
         except OSError as error:
             self._send(crew.failed(str(error)))
+        except Exception as error:  # noqa: BLE001 - the leader waits for word of these ranks
+            self._send(crew.failed(f"{type(error).__name__}: {error}"))
         finally:
             watching.cancel()
         self._beat()

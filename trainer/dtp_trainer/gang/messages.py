@@ -7,6 +7,7 @@ import json
 from collections.abc import Mapping
 from typing import ClassVar, TypeAlias
 
+from dtp_trainer.inspection import Ask
 from dtp_trainer.wire import Host, Window, _Json
 
 
@@ -132,6 +133,16 @@ class Kill(_Json):
 
 
 @dataclasses.dataclass(frozen=True, slots=True)
+class Profile(_Json):
+    """Record what your ranks do in their next steps."""
+
+    nested: ClassVar[Mapping[str, type[_Json]]] = {"ask": Ask}
+
+    generation: int
+    ask: Ask
+
+
+@dataclasses.dataclass(frozen=True, slots=True)
 class Dismiss(_Json):
     """The worker's part is over: exit with this code."""
 
@@ -145,14 +156,14 @@ class Pulse(_Json):
 
 
 FromMember: TypeAlias = Hello | Leaving | Port | RankExited | RanksGone | Beat
-FromLeader: TypeAlias = AskPort | Start | Drain | Kill | Dismiss | Pulse
+FromLeader: TypeAlias = AskPort | Start | Drain | Kill | Profile | Dismiss | Pulse
 Message: TypeAlias = FromMember | FromLeader
 
 _KINDS: Mapping[str, type[_Json]] = {
     kind.__name__: kind
     for kind in (
         *(Hello, Leaving, Port, RankExited, RanksGone, Beat),
-        *(AskPort, Start, Drain, Kill, Dismiss, Pulse),
+        *(AskPort, Start, Drain, Kill, Profile, Dismiss, Pulse),
     )
 }
 

@@ -11,6 +11,9 @@ from dtp_trainer.gang.progress import Progress
 from dtp_trainer.gang.state import Phase, Rules, State
 from dtp_trainer.wire import Gang, GangPhase, Launch, Member
 
+FORGIVEN_S = 300.0
+"""A leader that leads for so long without a mistake of ours begins to count them anew."""
+
 
 def rules_of(launch: Launch) -> Rules:
     return Rules(
@@ -34,6 +37,7 @@ def inherit(previous: Gang | None, launch: Launch, now: float) -> State:
         rules=rules_of(launch),
         me=launch.worker,
         since=now,
+        elected_at=now,
         chronicle=continued(previous),
         wished=launch.workers,
         generation=previous.generation if previous else 0,
@@ -48,7 +52,9 @@ def inherit(previous: Gang | None, launch: Launch, now: float) -> State:
 def _go_on(state: State, previous: Gang, now: float) -> State:
     formed = previous.world_size > 0
     leaving = {member.worker for member in previous.members if member.leaving}
-    others = {member.worker for member in previous.members} - leaving - {previous.leader}
+    others = {member.worker for member in previous.members} - leaving
+    if not previous.leader_error:
+        others -= {previous.leader}
     state = replace(
         state,
         formed=formed,
@@ -57,13 +63,23 @@ def _go_on(state: State, previous: Gang, now: float) -> State:
         restarts=previous.restarts,
         errors_used=previous.errors_used,
         hangs_used=previous.hangs_used,
+        leader_errors=previous.leader_errors,
     )
-    if previous.leader in leaving or previous.leader == state.me:
+    if (name := _why_replaced(previous, leaving, state.me)) is None:
         return state
     text = f"worker {previous.leader}, the leader, was lost"
-    state = told(state, now, "worker_lost", text, worker=previous.leader)
+    if name == "leader_failed":
+        text = f"worker {previous.leader}, the leader, failed: {previous.leader_error}"
+    state = told(state, now, name, text, worker=previous.leader)
     broken = previous.phase in (GangPhase.RUNNING, GangPhase.DRAINING)
     return replace(state, restarts=state.restarts + (1 if broken else 0))
+
+
+def _why_replaced(previous: Gang, leaving: set[int], me: int) -> str | None:
+    """The event that tells of it; None when the last leader left as asked, or came back."""
+    if previous.leader_error:
+        return "leader_failed"
+    return None if previous.leader in leaving or previous.leader == me else "worker_lost"
 
 
 def report(state: State, *, attempt: int, term: int, address: str, now: float) -> Gang:
@@ -93,6 +109,7 @@ def report(state: State, *, attempt: int, term: int, address: str, now: float) -
         restarts=state.restarts,
         errors_used=state.errors_used,
         hangs_used=state.hangs_used,
+        leader_errors=state.leader_errors if now < state.elected_at + FORGIVEN_S else 0,
         outcome=state.outcome,
         detail=state.detail,
         events=state.chronicle.events,

@@ -111,11 +111,19 @@ class Committed:
 
 
 @dataclass(frozen=True, slots=True)
+class Noted:
+    """Something to be told that changes nothing."""
+
+    name: str
+    text: str
+
+
+@dataclass(frozen=True, slots=True)
 class Tick:
     """Time has passed."""
 
 
-Input: TypeAlias = Said | Lost | Prepared | Unprepared | Committed | Tick
+Input: TypeAlias = Said | Lost | Prepared | Unprepared | Committed | Noted | Tick
 
 
 # ------------------------------------------------------------------------------------------ outputs
@@ -241,5 +249,8 @@ class State:
     hangs_used: int = 0
     failures: tuple[str, ...] = ()
     """Signatures of the newest failures, newest last."""
+    leader_errors: int = 0
+    """Leaders before this one that failed in a row, by mistakes of ours."""
+    elected_at: float = 0.0
     outcome: int | None = None
     detail: str = ""
