@@ -18,11 +18,13 @@ import psutil
 
 from dtp_trainer.gang import blame
 from dtp_trainer.gang.messages import RankExited, Start
+from dtp_trainer.inspection import Ask
 from dtp_trainer.ranks.launcher import RankError, RankLauncher, RankProcess, RankSpec
 from dtp_trainer.wire import RANKS_FOLDER, Launch, ProcessRecord, Window, encode_object
+from dtp_trainer.worker.evidence import Evidence
 from dtp_trainer.worker.folding import Folder, StepTail
 from dtp_trainer.worker.lines import TAIL_LINES, Lines, pump
-from dtp_trainer.worker.rank_env import job_env, rank_env
+from dtp_trainer.worker.rank_env import ask_file, job_env, rank_env
 
 POLL_S = 0.2
 WINDOW_S = 1.0
@@ -63,6 +65,8 @@ class Crew:
         scratch = Path(launch.scratch)
         self._steps_folder = scratch / f"steps.g{order.generation:04d}"
         self._records = scratch / RANKS_FOLDER
+        self._evidence = Evidence(launch.storage, order.generation, self._steps_folder)
+        self._asking: asyncio.Task[None] | None = None
         self._tails = {rank: StepTail(self._steps_file(rank)) for rank in self.numbers}
 
     @property
@@ -99,6 +103,7 @@ class Crew:
             self.kill()
             for process in self._ranks.values():
                 await process.wait()
+            await self._evidence.kept()
         self._fold()
         self._remove_traces()
 
@@ -117,13 +122,28 @@ class Crew:
         self._killed = True
         self._cancel_starts()
         if dump:
-            for rank in self._ranks.values():
-                if rank.exit is None:
-                    _dump(rank.pid)
-            asyncio.get_running_loop().call_later(DUMP_S, self.kill)
+            self._asking = asyncio.create_task(self._ask_and_kill())
             return
         for rank in self._ranks.values():
             rank.kill()
+
+    async def _ask_and_kill(self) -> None:
+        alive = {number: rank for number, rank in self._ranks.items() if rank.exit is None}
+        await self._evidence.ask({number: _scripts(rank.pid) for number, rank in alive.items()})
+        for rank in alive.values():
+            if rank.exit is None:
+                _dump(rank.pid)
+        await asyncio.sleep(DUMP_S)
+        self.kill()
+
+    def pass_on(self, ask: Ask) -> None:
+        """A client's wish, to those ranks that it is for. A disk that is full loses it."""
+        for rank in filter(ask.wants, self.numbers):
+            path = ask_file(self._steps_file(rank))
+            unfinished = path.with_suffix(".new")
+            with contextlib.suppress(OSError):
+                unfinished.write_text(json.dumps(ask.to_dict()))
+                unfinished.rename(path)
 
     def failed(self, why: str) -> RankExited:
         """What stands for the ranks of a crew that could not be run."""
@@ -145,6 +165,8 @@ class Crew:
         code = await process.wait()
         await asyncio.wait(output, timeout=OUTPUT_OF_FAILED_S if code else OUTPUT_S)
         self._read_steps()
+        if self._evidence.wanted:
+            self._evidence.keep(rank, tail)
         self._exited(self._exit_of(rank, process, code, tail))
         for task in output:
             task.cancel()

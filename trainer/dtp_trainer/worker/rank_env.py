@@ -9,6 +9,7 @@ from pathlib import Path
 
 from dtp_trainer.gang.messages import Start
 from dtp_trainer.wire import Env, Launch
+from dtp_trainer.worker.evidence import recorder_env
 
 
 def rank_env(
@@ -25,6 +26,7 @@ def rank_env(
     if _shares_machine(launch, order):
         job.setdefault("OMP_NUM_THREADS", "1")
     return {
+        **recorder_env(steps_file.parent),
         **job,
         **_torchrun(launch, order, local_rank, error_file),
         **_ours(launch, order, steps_file),
@@ -70,10 +72,16 @@ def _ours(launch: Launch, order: Start, steps_file: Path) -> dict[str, str]:
         Env.WORKER: str(launch.worker),
         Env.STORAGE: launch.storage,
         Env.STEPS_FILE: str(steps_file),
+        Env.ASK_FILE: str(ask_file(steps_file)),
         Env.CHECKPOINT: json.dumps(dict(launch.checkpoint)),
         Env.OPTIONS: json.dumps(dict(launch.options)),
         Env.DATA: json.dumps(dict(launch.data)),
     }
+
+
+def ask_file(steps_file: Path) -> Path:
+    """Where the agent leaves a wish for the rank with this step file."""
+    return steps_file.with_suffix(".ask.json")
 
 
 def _shares_machine(launch: Launch, order: Start) -> bool:
