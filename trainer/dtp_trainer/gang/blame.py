@@ -69,6 +69,25 @@ def stuck(exits: Sequence[RankExited], behind: int | None) -> RankExited | None:
     return min(own, key=lambda e: e.rank) if own and len(own) < len(told) else None
 
 
+def apart(exits: Sequence[RankExited]) -> tuple[RankExited, str] | None:
+    """All wait for others, and one of them in another place than the rest, so that they wait for
+    ever: it, and where the rest stand. Of two it is the one further down in the file: it left out
+    what the other waits in."""
+    places: dict[str, list[RankExited]] = {}
+    for exited in exits:
+        if exited.stands_in:
+            places.setdefault(exited.stands_in, []).append(exited)
+    if len(places) != 2:
+        return None
+    few, many = sorted(places.values(), key=lambda ranks: (len(ranks), -_line(ranks[0])))
+    return (few[0], many[0].stands_in) if len(few) == 1 else None
+
+
+def _line(exited: RankExited) -> int:
+    found = re.search(r":(\d+)\)$", exited.stands_in)
+    return int(found[1]) if found else 0
+
+
 def lost_a_peer(exited: RankExited) -> bool:
     return bool(_PEER_ERRORS.search(exited.error))
 

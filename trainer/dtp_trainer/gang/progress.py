@@ -143,6 +143,13 @@ def describe_stall(stall: Stall, stuck: RankExited | None) -> tuple[int | None, 
     return None, f"{quiet}: {after}"
 
 
+def describe_parting(stall: Stall, odd: RankExited, others: str) -> str:
+    """All wait, and `odd` elsewhere than the `others`."""
+    since = f"step {stall.newest}" if stall.newest else "the start"
+    where = f"rank {odd.rank} waits in {odd.stands_in}, the others in {others}"
+    return f"{where}, since {since}: it left out, or added, a call that all must make"
+
+
 def _advanced(
     ranks: Mapping[int, RankProgress], steps: Mapping[str, int], now: float
 ) -> dict[int, RankProgress]:

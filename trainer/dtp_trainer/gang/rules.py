@@ -412,6 +412,8 @@ def _fail(state: State, suspect: RankExited, now: float) -> Change:
 def _hung(state: State, now: float) -> Change:
     assert state.stall is not None
     rank, text = progress.describe_stall(state.stall, blame.stuck(state.exits, state.stall.rank))
+    if rank is None and (odd := blame.apart(state.exits)) is not None:
+        rank, text = odd[0].rank, progress.describe_parting(state.stall, *odd)
     worker = None if rank is None else roster.worker_of(state.seats, rank)
     state = told(state, now, "hang", text, step=state.stall.step, rank=rank, worker=worker)
     state = replace(state, hangs_used=state.hangs_used + 1)

@@ -139,11 +139,7 @@ class Crew:
     def pass_on(self, ask: Ask) -> None:
         """A client's wish, to those ranks that it is for. A disk that is full loses it."""
         for rank in filter(ask.wants, self.numbers):
-            path = ask_file(self._steps_file(rank))
-            unfinished = path.with_suffix(".new")
-            with contextlib.suppress(OSError):
-                unfinished.write_text(json.dumps(ask.to_dict()))
-                unfinished.rename(path)
+            _leave(ask, ask_file(self._steps_file(rank)))
 
     def failed(self, why: str) -> RankExited:
         """What stands for the ranks of a crew that could not be run."""
@@ -287,6 +283,14 @@ class Crew:
 def warm_spec(launch: Launch) -> RankSpec:
     """Enough of a rank for the launcher to make its warm process ready."""
     return RankSpec(tuple(launch.command), job_env(launch, os.environ), launch.workdir)
+
+
+def _leave(ask: Ask, path: Path) -> None:
+    """Whole or not at all."""
+    unfinished = path.with_suffix(".new")
+    with contextlib.suppress(OSError):
+        unfinished.write_text(json.dumps(ask.to_dict()))
+        unfinished.rename(path)
 
 
 def _ask_to_leave(pid: int) -> None:
