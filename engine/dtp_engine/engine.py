@@ -9,7 +9,7 @@ import hashlib
 import os
 import secrets
 import time
-from collections.abc import AsyncIterator, Sequence
+from collections.abc import AsyncIterator, Callable, Sequence
 from datetime import datetime
 from types import TracebackType
 from typing import Self, TypeVar
@@ -36,6 +36,7 @@ from dtp_engine.series import MetricHistory
 from dtp_engine.settings import Settings
 from dtp_engine.views import JobStorages, JobView
 from dtp_trainer import wire
+from dtp_trainer.storage import Storage
 
 T = TypeVar("T")
 
@@ -225,6 +226,10 @@ class Engine:
     async def checkpoints(self, job_id: str) -> Sequence[wire.CheckpointEntry]:
         """Oldest first."""
         return await self._storages.of(job_id, checkpoints.entries)
+
+    async def in_storage(self, job_id: str, call: Callable[[Storage], T]) -> T:
+        """A blocking call with what the job has in its storage."""
+        return await self._storages.of(job_id, call)
 
     async def capacity(self) -> Capacity:
         return await self._backend.capacity()
