@@ -46,6 +46,10 @@ def keep_secrets(home: Path, job_id: str, spec: JobSpec, environ: Mapping[str, s
         store_secrets(home, job_id, spec, environ)
 
 
-def job_storage_uri(home: Path, job_id: str) -> str:
-    """``jobs/<id>/`` in the storage of this machine."""
-    return (home / "storage" / "jobs" / job_id).as_uri()
+def job_storage_uri(home: Path, job_id: str, storage: str | None = None) -> str:
+    """``jobs/<id>/`` in `storage`, or in the folder of this machine.
+
+    A job that began in the folder stays there: elsewhere it would find no checkpoint.
+    """
+    here = home / "storage" / "jobs" / job_id
+    return here.as_uri() if storage is None or here.is_dir() else f"{storage}/jobs/{job_id}"

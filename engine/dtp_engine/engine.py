@@ -59,7 +59,7 @@ class Engine:
         self._ledger: Ledger = parts.ledger
         self._backend: Backend = parts.backend
         self._clock = clock
-        self._storages = JobStorages(settings.home)
+        self._storages = JobStorages(settings)
         self._started_at = -ANSWER_WITHIN_S
 
     @classmethod

@@ -17,6 +17,7 @@ from typing import TYPE_CHECKING, Any
 
 from dtp_engine.errors import UsageError
 from dtp_engine.quantities import parse_duration
+from dtp_trainer.storage import StorageError, open_storage
 
 if TYPE_CHECKING:
     from dtp_engine.yamltree import Entry
@@ -29,6 +30,8 @@ class Settings:
     actor: str
     """Who asks; written beside every request. `DTP_ACTOR`."""
     backend: str = "local"
+    storage: str | None = None
+    """URI below which jobs keep their checkpoints; None: in `home`. `DTP_STORAGE_ROOT`."""
     controller_idle_s: float = 300.0
     """The background controller leaves when nothing has been active for so long.
     `DTP_CONTROLLER_IDLE`."""
@@ -76,6 +79,15 @@ def config_path(environ: Mapping[str, str] = os.environ) -> Path:
 
 def _path(text: str) -> Path:
     return Path(text).expanduser().absolute()
+
+
+def _storage(text: str) -> str | None:
+    if text == "home":
+        return None
+    try:
+        return open_storage(text).uri
+    except StorageError as error:
+        raise ValueError(str(error)) from None
 
 
 def _actor(text: str) -> str:
@@ -129,6 +141,14 @@ SETTINGS: tuple[Setting, ...] = (
         "What holds the workers; this version has: local.",
         str,
         lambda _: "local",
+    ),
+    Setting(
+        "storage",
+        "storage",
+        "DTP_STORAGE_ROOT",
+        "Where new jobs keep checkpoints: `home`, a folder, or s3://bucket/prefix.",
+        _storage,
+        lambda _: "home",
     ),
     Setting(
         "controller_idle",

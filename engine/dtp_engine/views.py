@@ -4,13 +4,13 @@ from __future__ import annotations
 
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass
-from pathlib import Path
 from typing import TypeVar
 
 from dtp_engine import checkpoints
 from dtp_engine.backends import job_storage_uri
 from dtp_engine.door import Door
 from dtp_engine.jobs import Job
+from dtp_engine.settings import Settings
 from dtp_trainer import wire
 from dtp_trainer.storage import Storage, open_storage
 
@@ -31,8 +31,8 @@ class JobView:
 class JobStorages:
     """The storages of all jobs of one state folder, read beside the event loop."""
 
-    def __init__(self, home: Path) -> None:
-        self._home = home
+    def __init__(self, settings: Settings) -> None:
+        self._settings = settings
         self._door = Door("dtp-storage", deadline_s=30)
         self._ended: dict[str, JobView] = {}
 
@@ -64,4 +64,4 @@ class JobStorages:
         return view
 
     def _open(self, job_id: str) -> Storage:
-        return open_storage(job_storage_uri(self._home, job_id))
+        return open_storage(job_storage_uri(self._settings.home, job_id, self._settings.storage))

@@ -7,6 +7,7 @@ from pathlib import Path
 
 import pytest
 
+from dtp_engine.backends import job_storage_uri
 from dtp_engine.errors import UsageError
 from dtp_engine.settings import SETTINGS, Settings, config_path, load_settings, resolve
 
@@ -39,6 +40,20 @@ def test_environment_beats_file_beats_default(tmp_path: Path) -> None:
     assert origins["controller_idle"] == f"{config_path(environ)}:2"
     assert origins["zygote_idle"] == "DTP_ZYGOTE_IDLE"
     assert origins["backend"] == "default"
+
+
+def test_storage_is_a_folder_or_a_bucket(tmp_path: Path) -> None:
+    """`storage` takes a folder or an S3 URI; a job that began in the folder of before stays there,
+    where its checkpoints are."""
+    environ = config(tmp_path, "storage: s3://bucket/team\n")
+    storage = load_settings(environ).storage
+    assert storage == "s3://bucket/team"
+    assert load_settings({**environ, "DTP_STORAGE_ROOT": "home"}).storage is None
+    (tmp_path / "storage" / "jobs" / "old").mkdir(parents=True)
+    assert job_storage_uri(tmp_path, "new", storage) == "s3://bucket/team/jobs/new"
+    assert job_storage_uri(tmp_path, "old", storage) == (tmp_path / "storage/jobs/old").as_uri()
+    with pytest.raises(UsageError, match=r"config.yaml:1: storage: cannot open storage 'gs://x'"):
+        load_settings(config(tmp_path, "storage: gs://x\n"))
 
 
 @pytest.mark.parametrize("text", ["", "\n", "# nothing yet\n"])

@@ -160,7 +160,7 @@ class LocalBackend:
         return Gang(at=at, workers=known, status=status)
 
     def _storage(self, attempt: AttemptId) -> str:
-        return job_storage_uri(self._home.path, attempt.job_id)
+        return job_storage_uri(self._home.path, attempt.job_id, self._settings.storage)
 
     def _find_slots(self) -> Slots:
         """Asking for GPUs takes a moment, so it is done once, and on the door's thread."""
