@@ -3,7 +3,9 @@
 from __future__ import annotations
 
 from collections.abc import Sequence
-from typing import TYPE_CHECKING, Any
+from typing import TYPE_CHECKING, Annotated, Any
+
+import typer
 
 from dtp_tui.commands.options import JobArgument, JsonOption
 
@@ -13,47 +15,76 @@ if TYPE_CHECKING:
     from dtp_engine.views import JobView
     from dtp_trainer.wire import CheckpointEntry
     from dtp_tui.output import Output
+    from dtp_tui.postmortem import Findings
 
 EVENTS_SHOWN = 12
 CHECKPOINTS_SHOWN = 5
 
 
-def command(job: JobArgument, *, json_lines: JsonOption = False) -> None:
+def command(
+    job: JobArgument,
+    *,
+    stacks: Annotated[
+        bool, typer.Option("--stacks", help="Of a hang: every frame of every rank.")
+    ] = False,
+    json_lines: JsonOption = False,
+) -> None:
     """Show all about one job.
 
-    Its state and why, workers, attempts, checkpoints, last events, job file.
+    Of a job that failed first the rank that did: its traceback and its last lines. Then state and
+    why, where ranks hung, workers, attempts, checkpoints, last events, job file.
     """
     from dtp_tui.client import with_engine
     from dtp_tui.commands.events import all_events
     from dtp_tui.output import Output
+    from dtp_tui.postmortem import look_into
 
     async def show(engine: Engine) -> None:
-        found = await engine.find(job)
-        view = await engine.job(found.id)
-        attempts = await engine.attempts(found.id)
-        saved = await engine.checkpoints(found.id)
-        events = [event async for event in all_events(engine, found.id)]
+        job_id = (await engine.find(job)).id
+        view = await engine.job(job_id)
+        attempts = await engine.attempts(job_id)
+        saved = await engine.checkpoints(job_id)
+        events = [event async for event in all_events(engine, job_id)]
+        found = await look_into(engine, view)
         out = Output(json_lines=json_lines)
         if json_lines:
-            out.emit(_record(view, attempts, saved))
+            out.emit(_record(view, attempts, saved, found))
         else:
+            _print_verdict(out, view, found, all_frames=stacks)
             _print(out, view, attempts, saved, events)
 
     with_engine(show)
 
 
 def _record(
-    view: JobView, attempts: Sequence[Attempt], saved: Sequence[CheckpointEntry]
+    view: JobView,
+    attempts: Sequence[Attempt],
+    saved: Sequence[CheckpointEntry],
+    found: Findings,
 ) -> dict[str, Any]:
-    from dtp_tui import records
+    from dtp_tui import postmortem, records
 
     return {
         **records.job_record(view),
+        **postmortem.record(found),
         "members": records.worker_records(view.gang),
         "attempts": [records.attempt_record(attempt) for attempt in attempts],
         "checkpoints": [records.checkpoint_record(entry) for entry in saved],
         "spec": records.spec_record(view.job.spec),
     }
+
+
+def _print_verdict(out: Output, view: JobView, found: Findings, *, all_frames: bool) -> None:
+    """What somebody who asks after a job that failed wants to know first."""
+    from dtp_tui import labels, postmortem
+
+    job = view.job
+    out.say(f"{job.name}  {job.id}  {out.label(labels.headline(job, view.gang))}")
+    if found.failure is not None:
+        postmortem.print_failure(out, found.failure)
+    postmortem.print_stacks(out, found, job.name, all_frames=all_frames)
+    if found.failure is not None or found.stacks:
+        out.say()
 
 
 def _print(
@@ -89,7 +120,6 @@ def _print_summary(out: Output, view: JobView) -> None:
 
     job, gang = view.job, view.gang
     now = datetime.now(UTC)
-    out.say(f"{job.name}  {job.id}  {out.label(labels.headline(job, gang))}")
     facts = {
         "why": labels.why(job),
         "workers": f"{labels.workers(job, gang)} (may have {job.spec.nodes})",
@@ -158,26 +188,32 @@ def _ranks(first: int | None, count: int) -> str:
 def _print_attempts(out: Output, attempts: Sequence[Attempt]) -> None:
     from dtp_tui import labels
     from dtp_tui.cleaning import harmless
+    from dtp_tui.postmortem import said_once
 
     if not attempts:
         return
     _heading(out, "Attempts")
-    for attempt in attempts:
+    outcomes = said_once(attempt.outcome for attempt in attempts)
+    for attempt, told in zip(attempts, outcomes, strict=True):
         end = labels.clock(attempt.ended_at) if attempt.ended_at else "now"
         began = labels.moment(attempt.created_at)
         workers = labels.plural(len(attempt.placements), "worker")
-        outcome = harmless(attempt.outcome)
+        outcome = harmless(told)
         out.say(f"  {attempt.number}  {began} to {end}  {workers}  {outcome}".rstrip())
 
 
 def _print_events(out: Output, events: Sequence[Event]) -> None:
+    from dataclasses import replace
+
     from dtp_tui.commands.events import event_line
+    from dtp_tui.postmortem import said_once
 
     if not events:
         return
     _heading(out, "Last events")
-    for event in events[-EVENTS_SHOWN:]:
-        out.say(f"  {event_line(out, event)}")
+    newest = events[-EVENTS_SHOWN:]
+    for event, text in zip(newest, said_once(event.text for event in newest), strict=True):
+        out.say(f"  {event_line(out, replace(event, text=text))}")
 
 
 def _print_spec(out: Output, view: JobView) -> None:

@@ -10,7 +10,7 @@ import re
 from collections import deque
 from collections.abc import AsyncIterator, Callable, Iterable, Sequence
 from contextlib import suppress
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from typing import TypeVar
 
 from dtp_engine.backend import LogLine
@@ -24,7 +24,8 @@ T = TypeVar("T")
 KEPT_LINES = 400
 """Of a rank that failed: enough for a traceback and what came before it."""
 _TRACEBACK = "Traceback (most recent call last):"
-_CHAINED = re.compile(r"^(\[rank\d+\]: )?(During handling of the above|The above exception was)")
+_CHAINED = re.compile(r"^(During handling of the above|The above exception was)")
+_PREFIX = re.compile(r"^\[rank\d+\]: ?")  # torch's own, on each line of a traceback
 
 # ----------------------------------------------------------------------------------------- profiles
 
@@ -143,15 +144,30 @@ def failed_rank(gang: wire.Gang | None) -> wire.GangEvent | None:
     return told[-1] if told else None
 
 
+def began_at(gang: wire.Gang | None, generation: int) -> float:
+    """Unix time; 0 when nobody remembers."""
+    events = gang.events if gang else ()
+    of_it = (event.at for event in events if event.generation == generation)
+    return min(of_it, default=0.0)
+
+
 async def failure(
-    event: wire.GangEvent, lines: AsyncIterator[tuple[int, LogLine]], *, shown: int
+    event: wire.GangEvent,
+    lines: AsyncIterator[tuple[int, LogLine]],
+    *,
+    since: float,
+    shown: int,
 ) -> Failure:
-    """From the lines of the attempt, of which at most `shown` beside the traceback are kept."""
+    """From the lines of the attempt: those of the rank in the generation that began at `since`, of
+    which at most `shown` beside the traceback are kept."""
     source = f"rank{event.rank}"
     kept: deque[wire.Text] = deque(maxlen=KEPT_LINES)
     async for _, line in lines:
-        if line.text is not None and line.text.source == source and line.text.at <= event.at + 1:
-            kept.append(line.text)
+        text = line.text
+        if text is None or text.source != source:
+            continue
+        if since <= text.at <= event.at + 1:
+            kept.append(_without_prefix(text))
     trace = _traceback(kept)
     rest = [line.text for at, line in enumerate(kept) if at not in trace]
     return Failure(
@@ -165,10 +181,14 @@ async def failure(
     )
 
 
+def _without_prefix(line: wire.Text) -> wire.Text:
+    return replace(line, text=_PREFIX.sub("", line.text)) if line.stream == "err" else line
+
+
 def _traceback(lines: Iterable[wire.Text]) -> frozenset[int]:
     """Numbers of the lines of the last one, with those of the exceptions that led to it."""
     errors = [(at, line.text) for at, line in enumerate(lines) if line.stream == "err"]
-    starts = [at for at, (_, text) in enumerate(errors) if text.endswith(_TRACEBACK)]
+    starts = [at for at, (_, text) in enumerate(errors) if text == _TRACEBACK]
     if not starts:
         return frozenset()
     end = _end_of_traceback([text for _, text in errors], starts[-1])
@@ -179,14 +199,9 @@ def _traceback(lines: Iterable[wire.Text]) -> frozenset[int]:
 
 
 def _end_of_traceback(lines: Sequence[str], start: int) -> int:
-    """After the line that names the error. Torch puts "[rank1]: " before each line."""
-    prefix = lines[start].removesuffix(_TRACEBACK)
-    frames = (
-        at
-        for at in range(start + 1, len(lines))
-        if not lines[at].removeprefix(prefix).startswith(" ")
-    )
-    return min(next(frames, len(lines)) + 1, len(lines))
+    """After the line that names the error."""
+    named = (at for at in range(start + 1, len(lines)) if not lines[at].startswith(" "))
+    return min(next(named, len(lines)) + 1, len(lines))
 
 
 def _mapped(call: Callable[[], T]) -> T:

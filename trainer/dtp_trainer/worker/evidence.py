@@ -26,14 +26,11 @@ _AFTER_DUMP = "Extension modules:"
 
 
 def recorder_env(folder: Path) -> dict[str, str]:
-    """Switches NCCL's flight recorder on, with its pipes and dumps in `folder`; torch 2.13 reads
-    the newer names, older ones the others."""
+    """Switches NCCL's flight recorder on, with its pipes and dumps in `folder`."""
     prefix = str(folder / "nccl-")
     return {
         "TORCH_FR_BUFFER_SIZE": "2000",
-        "TORCH_NCCL_TRACE_BUFFER_SIZE": "2000",
         "TORCH_FR_DUMP_TEMP_FILE": prefix,
-        "TORCH_NCCL_DEBUG_INFO_TEMP_FILE": prefix,
         "TORCH_NCCL_DEBUG_INFO_PIPE_FILE": prefix,
     }
 
