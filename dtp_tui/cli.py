@@ -29,6 +29,7 @@ COMMANDS: Mapping[str, str] = {
     "logs": LOOK,
     "events": LOOK,
     "metrics": LOOK,
+    "profile": LOOK,
     "ckpt": LOOK,
     "tui": LOOK,
     "doctor": HERE,
