@@ -74,6 +74,8 @@ class Env(StrEnum):
     """Path at which the agent leaves a wish for this rank (`Ask`), which looks there at the end of
     a step and removes it."""
     DATA = "DTP_DATA"
+    NO_STEP_FOR = "DTP_NO_STEP_FOR"
+    """Seconds that the job allows from one step to the next; empty: it does not say."""
 
 
 HEAD_KEY = "checkpoints/head.json"
@@ -446,6 +448,8 @@ class Gang(_Json):
     outcome: int | None = None
     """With phase ENDED: the gang's exit code (`ExitCode`, or the failing rank's own)."""
     detail: str = ""
+    unsaved_s: float | None = None
+    """Seconds of training since the newest checkpoint: what a failure now would cost."""
     """With phase ENDED: why, in one line."""
     events: tuple[GangEvent, ...] = ()
     """The last 200."""

@@ -5,7 +5,7 @@ from __future__ import annotations
 from dataclasses import replace
 from typing import assert_never
 
-from dtp_trainer.gang import progress, roster
+from dtp_trainer.gang import effort, progress, roster
 from dtp_trainer.gang.messages import Beat, Hello, Leaving, Port, RankExited, RanksGone
 from dtp_trainer.gang.roster import Peer
 from dtp_trainer.gang.state import (
@@ -117,11 +117,23 @@ def _hear(state: State, worker: int, message: FromMember, now: float) -> State:
             heard = progress.heard(
                 state.progress, worker, message, generation=state.generation, now=now
             )
-            return replace(state, progress=heard)
+            return _trained(replace(state, progress=heard), message, now)
         case Port():
             return state
         case _:
             assert_never(message)
+
+
+def _trained(state: State, beat: Beat, now: float) -> State:
+    """With the first step of a generation: where it goes on, and what has to be done again."""
+    ledger = state.effort
+    if beat.effort is None or beat.generation != state.generation:
+        return state
+    if effort.begins(ledger, beat.effort):
+        ledger, loss = effort.went_back(ledger, beat.effort)
+        if loss is not None:
+            state = told(state, now, "resumed", effort.describe(loss), step=loss.back_to)
+    return replace(state, effort=effort.advanced(ledger, beat.effort))
 
 
 def _count_exit(state: State, worker: int, exited: RankExited, now: float) -> State:
@@ -144,8 +156,13 @@ def _join(state: State, hello: Hello, now: float) -> State:
             state, now, "worker_joined", f"worker {worker} joined from {hello.host}", worker=worker
         )
     newest = worker >= max(state.peers, default=worker)
+    ledger = state.effort
+    if hello.reached and hello.generation == state.generation and ledger.begun is None:
+        # A leader just elected: what its predecessor published last is up to a second old.
+        ledger = replace(ledger, reached=max(hello.reached, ledger.reached or 0))
     return replace(
         state,
+        effort=ledger,
         peers={**state.peers, worker: peer},
         known=state.known | {worker},
         wished=hello.wished if newest else state.wished,

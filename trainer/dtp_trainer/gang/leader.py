@@ -31,7 +31,6 @@ from dtp_trainer.gang.messages import (
 from dtp_trainer.gang.messages import Beat as MemberBeat
 from dtp_trainer.gang.office import Deposed, Office, raise_fence, unseen
 from dtp_trainer.gang.state import (
-    Cause,
     Committed,
     DismissWorker,
     DrainRanks,
@@ -59,9 +58,6 @@ PUBLISH_EVERY_S = 1.0
 ANSWER_S = 5.0
 GOODBYE_S = 3.0
 RETRY_S = 0.2
-
-_ASKED = (Cause.LEAVING, Cause.JOINING, Cause.DEADLINE, Cause.LEFT)
-"""Generations that end so were asked for a checkpoint."""
 
 log = logging.getLogger("dtp.leader")
 
@@ -164,11 +160,11 @@ class Leader:
                 waiting = self._ports.get(ticket)
                 if waiting is not None and not waiting.done():
                     waiting.set_result(port)
-            case RanksGone() if self._state.cause in _ASKED:
-                # So that what is said of the pause names the checkpoint that was its purpose.
+            case RanksGone():
+                # So that what is said to be lost is only what no checkpoint holds.
                 await self._look_for_checkpoints()
                 self._feed(Said(worker, message))
-            case Hello() | Leaving() | RankExited() | RanksGone() | MemberBeat():
+            case Hello() | Leaving() | RankExited() | MemberBeat():
                 self._feed(Said(worker, message))
             case _:
                 log.warning("worker %d sent a message that is the leader's to send", worker)

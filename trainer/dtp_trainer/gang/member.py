@@ -47,7 +47,7 @@ class Member:
         self._window: Window | None = None
         self._host: Host | None = None
         self._formed_group = False
-        self._generation = 0
+        self._generation = self._reached = 0
         self.leaving = False
         self.unfit = ""
         """Why this worker can start no ranks, once that is known."""
@@ -87,6 +87,8 @@ class Member:
                 launch.workers,
                 self.leaving,
                 self.unfit,
+                self._generation,
+                self._reached,
             )
         )
         beating = asyncio.create_task(self._beat_always())
@@ -148,7 +150,7 @@ class Member:
         if order.generation <= self._generation:
             return
         await self._end_crew()
-        self._generation = order.generation
+        self._generation, self._reached = order.generation, 0
         self._window = None
         self._crew = Crew(
             self._launch,
@@ -177,6 +179,7 @@ class Member:
         if self._crew is not None and self._running is not None:
             self._crew.kill()
             await asyncio.wait([self._running])
+            self._reached = self._crew.reached
         self._crew = self._running = None
 
     def _exited(self, exited: RankExited) -> None:
@@ -222,6 +225,7 @@ class Member:
                 host=self._host,
                 formed_group=self._formed_group,
             )
+                effort=crew.effort,
         )
 
     def _send(self, message: Leaving | Port | RankExited | RanksGone | Beat) -> None:

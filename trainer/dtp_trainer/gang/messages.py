@@ -30,6 +30,10 @@ class Hello(_Json):
     leaving: bool = False
     unfit: str = ""
     """Why this worker can start no ranks: its setup failed. Empty: it can."""
+    generation: int = 0
+    """The last in which it took part."""
+    reached: int = 0
+    """The newest step that its ranks completed in that; 0: none."""
 
 
 @dataclasses.dataclass(frozen=True, slots=True)
@@ -79,10 +83,26 @@ class RanksGone(_Json):
 
 
 @dataclasses.dataclass(frozen=True, slots=True)
+class Effort(_Json):
+    """What the steps of a rank took in this generation."""
+
+    began: int
+    """The step before its first one: that of the checkpoint it came from."""
+    reached: int
+    """Its last one."""
+    seconds: float
+    """Of all of them together, by their own times."""
+
+
+@dataclasses.dataclass(frozen=True, slots=True)
 class Beat(_Json):
     """Once a second, and at once with the first step of a generation."""
 
-    nested: ClassVar[Mapping[str, type[_Json]]] = {"window": Window, "host": Host}
+    nested: ClassVar[Mapping[str, type[_Json]]] = {
+        "window": Window,
+        "host": Host,
+        "effort": Effort,
+    }
 
     generation: int = 0
     steps: Mapping[str, int] = dataclasses.field(default_factory=dict)
@@ -94,6 +114,8 @@ class Beat(_Json):
     formed_group: bool = False
 
 
+    effort: Effort | None = None
+    """Of rank 0, from its worker alone."""
 # --------------------------------------------------------------------------- the leader to a member
 
 

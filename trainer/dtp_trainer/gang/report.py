@@ -4,7 +4,7 @@ from __future__ import annotations
 
 from dataclasses import replace
 
-from dtp_trainer.gang import roster
+from dtp_trainer.gang import effort, roster
 from dtp_trainer.gang.chronicle import continued
 from dtp_trainer.gang.facts import told
 from dtp_trainer.gang.progress import Progress
@@ -41,6 +41,7 @@ def inherit(previous: Gang | None, launch: Launch, now: float) -> State:
         chronicle=continued(previous),
         wished=launch.workers,
         generation=previous.generation if previous else 0,
+        effort=_effort_of(previous),
         progress=Progress(shown=previous, trend=previous.trend if previous else ()),
     )
     if previous is not None and previous.attempt == launch.attempt:
@@ -82,6 +83,13 @@ def _why_replaced(previous: Gang, leaving: set[int], me: int) -> str | None:
     return None if previous.leader in leaving or previous.leader == me else "worker_lost"
 
 
+def _effort_of(previous: Gang | None) -> effort.Ledger:
+    if previous is None:
+        return effort.Ledger()
+    kept = continued(previous).checkpoint[1]
+    return effort.inherited(previous.step, kept, previous.unsaved_s)
+
+
 def report(state: State, *, attempt: int, term: int, address: str, now: float) -> Gang:
     """What the leader writes to ``gang.json``; `now` is wall time."""
     running = state.phase in (Phase.RUNNING, Phase.DRAINING)
@@ -109,6 +117,7 @@ def report(state: State, *, attempt: int, term: int, address: str, now: float) -
         restarts=state.restarts,
         errors_used=state.errors_used,
         hangs_used=state.hangs_used,
+        unsaved_s=_unsaved_s(state),
         leader_errors=state.leader_errors if now < state.elected_at + FORGIVEN_S else 0,
         outcome=state.outcome,
         detail=state.detail,
@@ -134,6 +143,14 @@ def _member(state: State, worker: int, first_rank: int | None) -> Member:
         gpu_percent=host.gpu_percent if host else (),
         gpu_memory_bytes=host.gpu_memory_bytes if host else (),
     )
+
+
+def _unsaved_s(state: State) -> float | None:
+    reached = state.effort.reached
+    if reached is None:
+        return None
+    seconds = state.effort.between(state.chronicle.checkpoint[1], reached)
+    return None if seconds is None else round(seconds, 3)
 
 
 def _last_step_at(state: State) -> float | None:

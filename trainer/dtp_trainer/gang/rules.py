@@ -11,7 +11,7 @@ from collections.abc import Iterator
 from dataclasses import replace
 from typing import TypeAlias, assert_never
 
-from dtp_trainer.gang import blame, progress, roster
+from dtp_trainer.gang import blame, effort, progress, roster, words
 from dtp_trainer.gang.facts import absorb, grace_over, lose, removed, told
 from dtp_trainer.gang.messages import RankExited
 from dtp_trainer.gang.roster import Seat
@@ -40,6 +40,8 @@ GATHER_S = 3.0
 CLEAR_S = 10.0
 """How long killed ranks may take to be gone before their worker counts as lost."""
 SAME_FAILURE_LIMIT = 3
+_WELL = (ExitCode.SUCCEEDED, ExitCode.PAUSED, ExitCode.MAX_DURATION)
+"""Outcomes whose reason says by itself what is kept."""
 
 Change: TypeAlias = tuple[State, Outputs]
 
@@ -113,7 +115,7 @@ def _gathering(state: State, now: float) -> Change | None:
     if (change := _refuse_unfit(state, now)) is not None:
         return change
     if _due(state.rules.train_until, now):
-        return _end(state, ExitCode.MAX_DURATION, _time_is_up(state), now)
+        return _end(state, ExitCode.MAX_DURATION, words.time_is_up(state), now)
     if _due(_ready_at(state), now):
         return _prepare(state)
     if now >= state.since + state.rules.start_within_s:
@@ -125,12 +127,12 @@ def _let_leavers_go(state: State, now: float) -> Change | None:
     leaving = [worker for worker, peer in state.peers.items() if peer.leaving]
     staying = roster.staying(state.peers)
     if state.me in leaving and not staying and not _missing(state):
-        return _end(state, ExitCode.PAUSED, _left_text(state), now)
+        return _end(state, ExitCode.PAUSED, words.left_text(state), now)
     others = [worker for worker in leaving if worker != state.me]
     if others:
-        return _dismissed(state, others, ExitCode.PAUSED, _left_text(state))
+        return _dismissed(state, others, ExitCode.PAUSED, words.left_text(state))
     if state.me in leaving and (now >= state.since + SETTLE_S or not state.settle):
-        return replace(state, phase=Phase.RESIGNED), (Resign(_left_text(state)),)
+        return replace(state, phase=Phase.RESIGNED), (Resign(words.left_text(state)),)
     return None
 
 
@@ -184,7 +186,7 @@ def _nobody_came(state: State) -> str:
     within = f"within {state.rules.start_within_s:.0f} s"
     if here >= needed:
         return f"no generation could be formed {within}: {state.trouble or 'no answer'}"
-    return f"{here} of at least {_count(needed, 'worker')} came {within}"
+    return f"{here} of at least {words.count(needed, 'worker')} came {within}"
 
 
 # ---------------------------------------------------------------------------------------- preparing
@@ -214,10 +216,12 @@ def _open_generation(state: State, prepared: Prepared, now: float) -> Change:
         exits=(),
         lost=(),
         cause=None,
+        effort=effort.opened(state.effort, state.progress.newest),
         progress=progress.begun(state.progress, range(size), now),
         chronicle=state.chronicle.in_generation(generation),
     )
-    text = f"generation {generation}: {_count(size, 'rank')} on {_count(len(seats), 'worker')}"
+    ranks, workers = words.count(size, "rank"), words.count(len(seats), "worker")
+    text = f"generation {generation}: {ranks} on {workers}"
     orders = tuple(
         StartSeat(
             seat,
@@ -305,7 +309,7 @@ def _all_exited(state: State, now: float) -> Change:
 
 def _succeed(state: State, now: float) -> Change:
     size = roster.world_size(state.seats)
-    text = f"{_count(size, 'rank')} ended with 0"
+    text = f"{words.count(size, 'rank')} ended with 0"
     if state.progress.step is None and not state.progress.formed_group:
         text = "the script ended with 0 but took no step and formed no process group"
         state = told(state, now, "no_steps", text)
@@ -379,7 +383,7 @@ def _drained(state: State, cause: Cause, suspect: RankExited | None, now: float)
         text = f"rank {suspect.rank} failed while leaving: {blame.describe(suspect)}"
         state = told(state, now, "rank_failed", text, step=suspect.step, rank=suspect.rank)
     if cause is Cause.DEADLINE:
-        return _end(state, ExitCode.MAX_DURATION, _time_is_up(state), now)
+        return _end(state, ExitCode.MAX_DURATION, words.time_is_up(state), now)
     return _gather(state, now)
 
 
@@ -401,7 +405,7 @@ def _fail(state: State, suspect: RankExited, now: float) -> Change:
     if suspect.unstartable:
         return _end(state, ExitCode.SETUP_FAILED, error, now)
     if state.errors_used > state.rules.error_budget:
-        used = _used_up(state.rules.error_budget)
+        used = words.used_up(state.rules.error_budget)
         return _end(state, code, f"rank {suspect.rank} failed: {why}{used}", now)
     if len(failures) == SAME_FAILURE_LIMIT and len(set(failures)) == 1:
         text = f"{SAME_FAILURE_LIMIT} times the same failure at step {suspect.step}: {why}"
@@ -418,7 +422,7 @@ def _hung(state: State, now: float) -> Change:
     state = told(state, now, "hang", text, step=state.stall.step, rank=rank, worker=worker)
     state = replace(state, hangs_used=state.hangs_used + 1)
     if state.hangs_used > state.rules.hang_budget:
-        return _end(state, ExitCode.HANG, text + _used_up(state.rules.hang_budget), now)
+        return _end(state, ExitCode.HANG, text + words.used_up(state.rules.hang_budget), now)
     return _gather(replace(state, restarts=state.restarts + 1), now)
 
 
@@ -431,51 +435,13 @@ def _gather(state: State, now: float) -> Change:
     leaving = any(peer.leaving for peer in state.peers.values())
     here, needed = len(roster.staying(state.peers)), state.rules.min_workers
     if here < needed and not leaving:
-        text = f"waiting: {here} of at least {_count(needed, 'worker')} are here"
+        text = f"waiting: {here} of at least {words.count(needed, 'worker')} are here"
         state = told(state, now, "waiting_for_workers", text)
     return replace(state, phase=Phase.GATHERING, since=now, settle=leaving), ()
 
 
 def _end(state: State, code: int, reason: str, now: float) -> Change:
-    state = told(state, now, "gang_ended", reason, step=state.progress.step)
+    text = reason if code in _WELL else f"{reason}{words.lost_text(state)}"
+    state = told(state, now, "gang_ended", text, step=state.progress.step)
     state = replace(state, phase=Phase.ENDED, since=now, outcome=int(code), detail=reason)
     return state, (End(int(code), reason),)
-
-
-# -------------------------------------------------------------------------------------------- words
-
-
-def _left_text(state: State) -> str:
-    if state.progress.step is None:
-        return f"left as asked{_killed_text(state)}, before the first step"
-    if not state.chronicle.checkpoint[1]:
-        at = f"at step {state.progress.step}"
-        return f"left as asked {at}{_killed_text(state)}, without a checkpoint"
-    return f"left as asked{_killed_text(state)}; {_saved_text(state)}"
-
-
-def _time_is_up(state: State) -> str:
-    where = _saved_text(state) if state.chronicle.checkpoint[1] else "without a checkpoint"
-    return f"trained for as long as it may{_killed_text(state)}; {where}"
-
-
-def _killed_text(state: State) -> str:
-    return ", killed after the grace" if state.chronicle.tells_of("grace_over") else ""
-
-
-def _saved_text(state: State) -> str:
-    saved = state.chronicle.checkpoint[1]
-    lost = (state.progress.step or 0) - saved
-    if lost <= 0:
-        return f"newest checkpoint: step {saved}"
-    return f"{_count(lost, 'step')} since step {saved} {'is' if lost == 1 else 'are'} lost"
-
-
-def _used_up(budget: int) -> str:
-    if budget <= 1:
-        return "; the only retry is used" if budget else ""
-    return f"; all {budget} retries are used"
-
-
-def _count(number: int, noun: str) -> str:
-    return f"{number} {noun}{'' if number == 1 else 's'}"

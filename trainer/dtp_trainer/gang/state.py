@@ -8,6 +8,7 @@ from enum import StrEnum
 from typing import TypeAlias, assert_never
 
 from dtp_trainer.gang.chronicle import Chronicle
+from dtp_trainer.gang.effort import Ledger
 from dtp_trainer.gang.messages import Beat, Hello, Leaving, Port, RankExited, RanksGone
 from dtp_trainer.gang.progress import Progress, Stall
 from dtp_trainer.gang.roster import Peer, Seat
@@ -244,6 +245,7 @@ class State:
     """What was known of a hang when its ranks were killed."""
 
     progress: Progress = field(default_factory=Progress)
+    effort: Ledger = field(default_factory=Ledger)
     restarts: int = 0
     errors_used: int = 0
     hangs_used: int = 0

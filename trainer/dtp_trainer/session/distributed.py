@@ -11,11 +11,20 @@ from typing import Any
 import torch
 import torch.distributed as dist
 from torch import Tensor, nn
-from torch.distributed.distributed_c10d import PrefixStore
+from torch.distributed.distributed_c10d import PrefixStore, _set_pg_timeout
 from torch.distributed.rendezvous import rendezvous
 from torch.nn.parallel import DistributedDataParallel
 
+from dtp_trainer.wire import Env
+
 JOIN_WITHIN = timedelta(seconds=60)
+"""For all ranks to come; they start within a second of each other, or never."""
+WAIT_LONG = timedelta(minutes=30)
+"""In a collective before the first step and around the last: one rank may load or write
+gigabytes, or compile, while the others wait for it."""
+WAIT = timedelta(minutes=10)
+"""In a collective between two steps, where the job does not say what a step may take."""
+SHORTEST_WAIT = timedelta(seconds=60)
 _GROUP_VARIABLES = ("RANK", "WORLD_SIZE", "MASTER_ADDR", "MASTER_PORT")
 
 
@@ -70,6 +79,22 @@ class World:
             dist.broadcast_object_list(told, src=0, group=self.agreement)
         return told[0]
 
+    def wait_briefly(self) -> None:
+        """From the first step on, in collectives of all ranks: twice what the job allows between
+        two steps, so that its own watchdog, which can name a rank, is always first."""
+        if os.environ.get(Env.GENERATION):
+            self._wait_at_most(_patience(os.environ.get(Env.NO_STEP_FOR)))
+
+    def wait_long(self) -> None:
+        """For a rank that loads or writes what all of them need."""
+        self._wait_at_most(WAIT_LONG)
+
+    def _wait_at_most(self, patience: timedelta) -> None:
+        if self.agreement is not None:
+            _set_pg_timeout(patience, self.agreement)
+        if self.joined_here:
+            _set_pg_timeout(patience)
+
     def leave(self) -> None:
         if self.joined_here and dist.is_initialized():
             dist.destroy_process_group()
@@ -79,7 +104,7 @@ def join() -> World:
     """Join the process group that torchrun's variables describe, use one that exists, or be alone.
 
     gloo on the CPU; with CUDA, NCCL for the device's tensors and gloo for the CPU's. Other ranks
-    have a minute to come; afterwards collectives have the library's own patience.
+    have a minute to come.
 
     Raises: `torch.distributed.DistError` or RuntimeError when they do not come.
     """
@@ -90,8 +115,10 @@ def join() -> World:
     if not dist.is_initialized():
         return World(0, 1, device, None, joined_here=False)
     size = dist.get_world_size()
-    agreement = dist.new_group(backend="gloo") if size > 1 else None
-    return World(dist.get_rank(), size, device, agreement, joined_here=joined_here)
+    agreement = dist.new_group(backend="gloo", timeout=JOIN_WITHIN) if size > 1 else None
+    world = World(dist.get_rank(), size, device, agreement, joined_here=joined_here)
+    world.wait_long()
+    return world
 
 
 def wrapped(model: nn.Module, world: World, **options: Any) -> nn.Module:
@@ -129,7 +156,16 @@ def _join(device: torch.device) -> None:
         store=PrefixStore("dtp", store),
         rank=rank,
         world_size=size,
+        timeout=JOIN_WITHIN,
     )
+
+
+def _patience(no_step_for: str | None) -> timedelta:
+    """
+    >>> [_patience(text).total_seconds() for text in ("900", "5", "")]
+    [1800.0, 60.0, 600.0]
+    """
+    return max(2 * timedelta(seconds=float(no_step_for)), SHORTEST_WAIT) if no_step_for else WAIT
 
 
 def _device() -> torch.device:

@@ -133,6 +133,7 @@ class Keeper:
 
     def settle(self) -> None:
         """Nothing is under way any more, neither a word between the ranks nor a write."""
+        self._world.wait_long()
         self._agreement.settle()
         self._agreed(self._saver.wait)
 

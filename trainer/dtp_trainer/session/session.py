@@ -195,6 +195,8 @@ class Session:
         self._telemetry.sample(values)
         decision = self._decide()
         self._checkpoint(decision)
+        if self.global_step == self._first_step:
+            self._world.wait_briefly()
         position = self._position(samples, tokens)
         self._telemetry.step(position, self._watch.lap())
         self._profiling.end_of_step(self.global_step)

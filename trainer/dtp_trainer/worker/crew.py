@@ -17,7 +17,7 @@ from typing import Any
 import psutil
 
 from dtp_trainer.gang import blame
-from dtp_trainer.gang.messages import RankExited, Start
+from dtp_trainer.gang.messages import Effort, RankExited, Start
 from dtp_trainer.inspection import Ask
 from dtp_trainer.ranks.launcher import RankError, RankLauncher, RankProcess, RankSpec
 from dtp_trainer.wire import RANKS_FOLDER, Launch, ProcessRecord, Window, encode_object
@@ -25,6 +25,7 @@ from dtp_trainer.worker.evidence import Evidence
 from dtp_trainer.worker.folding import Folder, StepTail
 from dtp_trainer.worker.lines import TAIL_LINES, Lines, pump
 from dtp_trainer.worker.rank_env import ask_file, job_env, rank_env
+from dtp_trainer.worker.toil import Toil
 
 POLL_S = 0.2
 WINDOW_S = 1.0
@@ -62,6 +63,7 @@ class Crew:
         self._starts: set[asyncio.Future[RankProcess]] = set()
         self._killed = self._drained = self._late = False
         self._folder = Folder(launch.worker)
+        self._toil = Toil()
         scratch = Path(launch.scratch)
         self._steps_folder = scratch / f"steps.g{order.generation:04d}"
         self._records = scratch / RANKS_FOLDER
@@ -90,6 +92,16 @@ class Crew:
         """Rank → last completed step, 0 before its first; of ranks that run."""
         alive = [rank for rank, process in self._ranks.items() if process.exit is None]
         return {str(rank): self._folder.last.get(rank, 0) for rank in alive}
+
+    @property
+    def reached(self) -> int:
+        """The newest step that any of its ranks completed; 0 before the first."""
+        return max(self._folder.last.values(), default=0)
+
+    @property
+    def effort(self) -> Effort | None:
+        """Of rank 0, if it runs here and took a step."""
+        return self._toil.effort
 
     async def run(self) -> None:
         """Raises `OSError` when the scratch folder cannot be written; no rank is left then."""
@@ -249,7 +261,9 @@ class Crew:
 
     def _read_steps(self) -> None:
         for tail in self._tails.values():
-            self._folder.add(tail.read())
+            steps = tail.read()
+            self._folder.add(steps)
+            self._toil.add(steps)
 
     def _fold(self) -> bool:
         window = self._folder.fold()

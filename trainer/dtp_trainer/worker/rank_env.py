@@ -64,6 +64,7 @@ def _torchrun(launch: Launch, order: Start, local_rank: int, error_file: Path) -
 
 
 def _ours(launch: Launch, order: Start, steps_file: Path) -> dict[str, str]:
+    no_step_for = "" if launch.no_step_for_s is None else str(launch.no_step_for_s)
     return {
         Env.JOB_ID: launch.job_id,
         Env.JOB_NAME: launch.job_name,
@@ -76,6 +77,7 @@ def _ours(launch: Launch, order: Start, steps_file: Path) -> dict[str, str]:
         Env.CHECKPOINT: json.dumps(dict(launch.checkpoint)),
         Env.OPTIONS: json.dumps(dict(launch.options)),
         Env.DATA: json.dumps(dict(launch.data)),
+        Env.NO_STEP_FOR: no_step_for,
     }
 
 
