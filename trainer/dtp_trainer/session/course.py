@@ -22,6 +22,14 @@ class Course:
     def ends_epoch(self, step: int) -> bool:
         return step % self.lanes.steps_per_epoch == 0
 
+    def ends(self, step: int) -> bool:
+        return step == self.total_steps
+
+    @property
+    def samples(self) -> int:
+        """Of a step, over all ranks."""
+        return self.lanes.global_batch
+
     def indices(self, after: int, rank: int, world_size: int) -> Iterator[Indices]:
         """The samples of one rank for each step that is left `after` so many."""
         for step in range(after, self.total_steps):
@@ -31,6 +39,26 @@ class Course:
     def state(self, step: int) -> dict[str, int]:
         """What a checkpoint keeps of the data."""
         return self.lanes.state(self.lanes.at_step(step))
+
+
+@dataclass(frozen=True, slots=True)
+class OwnLoop:
+    """The course of a script that walks a loop of its own: nothing is known of it."""
+
+    total_steps: None = None
+    samples: int = 0
+
+    def epoch(self, _step: int) -> float:
+        return 0.0
+
+    def ends_epoch(self, _step: int) -> bool:
+        return False
+
+    def ends(self, _step: int) -> bool:
+        return False
+
+    def state(self, _step: int) -> dict[str, int]:
+        return {}
 
 
 def plan(lanes: Lanes, world_size: int, *, epochs: int | None, steps: int | None) -> Course:

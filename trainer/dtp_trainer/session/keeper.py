@@ -27,7 +27,7 @@ from dtp_trainer.session.distributed import World
 from dtp_trainer.session.stop import SessionError, StopRequest
 from dtp_trainer.session.telemetry import say
 from dtp_trainer.storage import Storage, open_storage
-from dtp_trainer.wire import Env
+from dtp_trainer.wire import Env, ExitCode
 
 
 @dataclass(frozen=True, slots=True)
@@ -83,6 +83,12 @@ class Keeper:
         self._begin(found.step if found else 0)
         return found
 
+    def go_back(self) -> LoadedCheckpoint | None:
+        """`newest`, once what is being written is written; a collective."""
+        if self.settle() is Kept.FENCED:
+            raise SystemExit(int(ExitCode.FENCED))
+        return self.newest()
+
     def _begin(self, step: int) -> None:
         self._saved_step, self._saved_at = step, time.monotonic()
         self._agreement = Agreement(self._world, step)
@@ -131,11 +137,16 @@ class Keeper:
         taken = snapshot()
         return self._agreed(lambda: self._save(taken, blocking=True))
 
-    def settle(self) -> None:
+    def settle(self) -> Kept:
         """Nothing is under way any more, neither a word between the ranks nor a write."""
         self._world.wait_long()
         self._agreement.settle()
-        self._agreed(self._saver.wait)
+        return self._agreed(self._saver.wait)
+
+    def last_word(self) -> None:
+        """For a rank that ends by itself: what is being written of it is still written."""
+        with contextlib.suppress(Fenced):
+            self._saver.wait()
 
     def close(self) -> None:
         """Free the buffers; nothing is in flight after `commit`."""

@@ -26,11 +26,12 @@ from torch.optim import Optimizer
 from dtp_trainer.checkpoints.checkpoint import LoadedCheckpoint
 from dtp_trainer.options import Options, of_job
 from dtp_trainer.sampler import Lanes, SamplerError
-from dtp_trainer.session import course
+from dtp_trainer.session import course, parallel
 from dtp_trainer.session.agreement import Decision, Leave
-from dtp_trainer.session.distributed import join, wrapped
+from dtp_trainer.session.distributed import join
+from dtp_trainer.session.feed import Feed
 from dtp_trainer.session.keeper import Kept, Snapshot, open_keeper
-from dtp_trainer.session.loader import Collate, Dataset, Loader, to_device
+from dtp_trainer.session.loader import Collate, Dataset
 from dtp_trainer.session.phases import Phases
 from dtp_trainer.session.profiling import Profiling
 from dtp_trainer.session.rehearsal import Rehearsal
@@ -70,9 +71,10 @@ class Session:
         script with one line when the checkpoint does not fit."""
         self.global_step = 0
         self.options = _chosen(options)
-        self._course: course.Course | None = None
-        self._loader: Loader | None = None
+        self._course: course.Course | course.OwnLoop = course.OwnLoop()
+        self._feed: Feed | None = None
         self._loaded: LoadedCheckpoint | None = None
+        self._steps_ended = 0
         self._over = False
         self._stop = StopRequest()
         say_warnings()
@@ -111,17 +113,17 @@ class Session:
     @property
     def at_epoch_end(self) -> bool:
         """In the loop's body, before `step`: this batch is the last of its epoch."""
-        return self._course is not None and self._course.ends_epoch(self.global_step + 1)
+        return self._course.ends_epoch(self.global_step + 1)
 
     def every(self, steps: int) -> bool:
         """In the loop's body, before `step`: this is an n-th step, or the last one."""
         step = self.global_step + 1
-        return step % steps == 0 or (self._course is not None and step == self._course.total_steps)
+        return step % steps == 0 or self._course.ends(step)
 
     def ddp(self, model: nn.Module, **options: Any) -> nn.Module:
         """The model for the forward pass: wrapped for gradients to be averaged, or itself when
         there is one rank. `options` are those of `DistributedDataParallel`."""
-        forward = wrapped(model, self._world, **options)
+        forward = parallel.wrapped(model, self._world, self.options, self._power_sgd, **options)
         self._update.forwards_with(forward)
         self._watch.follow_model(forward)
         return forward
@@ -148,27 +150,24 @@ class Session:
             ahead: Batches fetched in advance by a thread. 0: a dataset that draws from the global
                 random generators repeats exactly only then.
         """
-        if self._course is not None:
+        if self._feed is not None:
             raise RuntimeError("call session.batches() once; it goes through all epochs")
         with _fitting():
             lanes = Lanes(len(dataset), global_batch, seed)
-            self._course = course.plan(lanes, self.world_size, epochs=epochs, steps=steps)
-            if self._loaded is not None and self._loaded.data_state:
+            planned = course.plan(lanes, self.world_size, epochs=epochs, steps=steps)
+            if self._loaded is not None and "epoch" in self._loaded.data_state:
                 lanes.position(self._loaded.data_state)
+        self._course = planned
+        self._feed = Feed(dataset, planned, self._world, collate=collate, ahead=ahead)
         self._leave_if_asked()
         if self._loaded is not None:
             self._state.load_random(self._loaded)
-        order = self._course.indices(self.global_step, self.rank, self.world_size)
-        self._loader = Loader(dataset, order, collate=collate, ahead=ahead)
         self._watch.lap()
-        with contextlib.closing(self._loader):
-            for step in range(self.global_step, self._course.total_steps):
-                with self._watch.phase("data"):
-                    fetched = next(self._loader)
-                with self._watch.phase("h2d"):
-                    batch = to_device(fetched, self.device)
-                yield batch
-                if self.global_step != step + 1:
+        with contextlib.closing(self._feed) as feed:
+            while self.global_step < planned.total_steps:
+                ended = self._steps_ended
+                yield feed.after(self.global_step, self._watch)
+                if self._steps_ended != ended + 1:
                     raise RuntimeError("call session.step() once for each batch")
 
     def optimize(self, loss_of: LossOf, batch: Any) -> Tensor:
@@ -179,7 +178,12 @@ class Session:
         gave. Calls it, `backward`, `optimizer.step`, `scheduler.step` and sets the gradients to
         None. Reports ``lr`` and ``grad_norm``.
         """
-        return self._update.make(self.global_step + 1, loss_of, batch)
+        try:
+            return self._update.make(self.global_step + 1, loss_of, batch)
+        except SessionError:
+            if self._keeper is not None:
+                self._keeper.last_word()
+            raise
 
     def step(
         self, *, samples: int | None = None, tokens: int | None = None, **values: Value
@@ -191,6 +195,9 @@ class Session:
         global batch. Raises `Paused`, which ends the script with 75.
         """
         self._update.check_used()
+        self._steps_ended += 1
+        if self._update.guard.wants_back and self._go_back():
+            return
         self.global_step += 1
         self._telemetry.sample(values)
         decision = self._decide()
@@ -241,25 +248,41 @@ class Session:
             self._telemetry.close()
 
     def _resume(self) -> None:
-        self._loaded = self._keeper.newest() if self._keeper else None
-        if self._loaded is None:
-            return
-        self._state.load(self._loaded)
-        self._state.load_random(self._loaded)
-        self.global_step = self._loaded.step
+        loaded = self._keeper.newest() if self._keeper else None
+        if loaded is not None:
+            self._stand_at(loaded)
+            self._tell(f"resumed from step {loaded.step} of generation {loaded.entry.generation}")
+
+    def _go_back(self) -> bool:
+        """To the newest checkpoint; False where there is none, and the step is only left out."""
+        if self._feed is not None:
+            self._feed.close()
+        with _starting(self._stop):
+            loaded = self._keeper.go_back() if self._keeper and self._feed else None
+            self._update.guard.went_back(loaded.step if loaded else None)
+            if loaded is not None:
+                self._stand_at(loaded)
+                self._tell(f"went back to step {loaded.step}")
+        self._watch.lap()
+        return loaded is not None
+
+    def _stand_at(self, loaded: LoadedCheckpoint) -> None:
+        self._loaded = loaded
+        self._state.load(loaded)
+        self._state.load_random(loaded)
+        self._update.guard.load(loaded.data_state)
+        self.global_step = loaded.step
+
+    def _tell(self, text: str) -> None:
         if self.rank == 0:
-            generation = self._loaded.entry.generation
-            say(f"resumed from step {self.global_step} of generation {generation}")
+            say(text)
 
     def _decide(self) -> Decision:
         if self._keeper is None:
             return Decision()
-        step, planned = self.global_step, self._course
-        return self._keeper.decide(
-            step,
-            epoch_end=planned is not None and planned.ends_epoch(step),
-            last=planned is not None and step == planned.total_steps,
-        )
+        step = self.global_step
+        ends_epoch, ends = self._course.ends_epoch(step), self._course.ends(step)
+        return self._keeper.decide(step, epoch_end=ends_epoch, last=ends)
 
     def _checkpoint(self, decision: Decision) -> None:
         if self._keeper is None or decision.leave is not Leave.NO:
@@ -271,23 +294,21 @@ class Session:
             self._keeper.prepare(self._state.bundle())
 
     def _snapshot(self) -> Snapshot:
+        step = self.global_step
         return Snapshot(
             bundle=self._state.bundle(),
-            step=self.global_step,
-            epoch=self._course.epoch(self.global_step) if self._course else 0.0,
+            step=step,
+            epoch=self._course.epoch(step),
             values=self._telemetry.values,
-            data_state=self._course.state(self.global_step) if self._course else {},
+            data_state={**self._course.state(step), **self._update.guard.state()},
         )
 
     def _position(self, samples: int | None, tokens: int | None) -> Position:
-        planned = self._course
-        if samples is None:
-            samples = planned.lanes.global_batch if planned else 0
         return Position(
             step=self.global_step,
-            epoch=planned.epoch(self.global_step) if planned else 0.0,
-            total_steps=planned.total_steps if planned else None,
-            samples=samples,
+            epoch=self._course.epoch(self.global_step),
+            total_steps=self._course.total_steps,
+            samples=self._course.samples if samples is None else samples,
             tokens=tokens,
         )
 
@@ -307,8 +328,7 @@ class Session:
 
     def _end_early(self, why: str) -> None:
         """Well, and with nothing kept."""
-        if self.rank == 0:
-            say(why)
+        self._tell(why)
         if self._keeper is not None:
             self._keeper.settle()
         self._end(Kept.YES)
@@ -317,8 +337,8 @@ class Session:
     def _end(self, kept: Kept) -> None:
         """Close all; ends the script when its state could not be kept."""
         self._over = True
-        if self._loader is not None:
-            self._loader.close()
+        if self._feed is not None:
+            self._feed.close()
         self._profiling.close()
         self._telemetry.close()
         if kept is Kept.FENCED:

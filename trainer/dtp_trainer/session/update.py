@@ -3,7 +3,9 @@
 from __future__ import annotations
 
 import contextlib
+import math
 import time
+import warnings
 from collections.abc import Callable, Iterator
 from typing import Any, Protocol, TypeAlias, cast
 
@@ -15,7 +17,9 @@ from torch.optim import Optimizer
 from torch.optim.lr_scheduler import ReduceLROnPlateau
 
 from dtp_trainer.options import Options, Precision
+from dtp_trainer.session import shortage
 from dtp_trainer.session.distributed import World
+from dtp_trainer.session.guard import Finding, Guard, Untouched
 from dtp_trainer.session.parts import parts
 from dtp_trainer.session.state import Stateful
 from dtp_trainer.session.stop import SessionError
@@ -41,6 +45,8 @@ class Update:
         world: World,
         telemetry: Telemetry,
     ) -> None:
+        self.guard = Guard(options.non_finite, world)
+        self._untouched: Untouched | None = None
         self._model, self._optimizer, self._scheduler = model, optimizer, _stepped(scheduler)
         self._options, self._world, self._telemetry = options, world, telemetry
         self._forward: list[nn.Module] = []
@@ -50,6 +56,9 @@ class Update:
         if options.precision is Precision.FP16:
             self._scaler = torch.amp.GradScaler(world.device.type)
         self._used = False
+        if self._scaler or self.guard.forgives:
+            # The first step's update may be left out; the schedule goes by steps all the same.
+            warnings.filterwarnings("ignore", message="Detected call of `lr_scheduler.step()`")
 
     def states(self) -> dict[str, Stateful]:
         """What a checkpoint holds of it."""
@@ -71,17 +80,38 @@ class Update:
             )
 
     def make(self, step: int, loss_of: LossOf, batch: Any) -> Tensor:
-        """The mean loss of this rank's share, detached; `step` is the one being taken."""
+        """The mean loss of this rank's share, detached; NaN for a step that was left out before.
+        `step` is the one being taken."""
         if not self._used:
-            self._used = True
-            self._parameters = self._trained()
-        loss = self._backward(loss_of, batch)
-        self._apply(step)
-        for parameter in self._parameters:
-            parameter.grad = None
+            self._begin()
+        if self.guard.leaves_out(step):
+            loss = torch.full((), math.nan, device=self._world.device)
+        else:
+            with shortage.named(step, self._world, self._options):
+                loss = self._try(step, loss_of, batch)
         self._telemetry.keep({"lr": float(self._optimizer.param_groups[0]["lr"])})
         if self._scheduler:
             self._scheduler.step()
+        return loss
+
+    def _begin(self) -> None:
+        self._used = True
+        if self.guard.active and self._world.size > 1 and not self._forward:
+            raise SessionError("training.non_finite works with the model that session.ddp() gives")
+        self._parameters = self._trained()
+        if self.guard.forgives:
+            self._untouched = Untouched(self._model, self._world.device)
+
+    def _try(self, step: int, loss_of: LossOf, batch: Any) -> Tensor:
+        if self._untouched:
+            self._untouched.note()
+        loss = self._backward(loss_of, batch)
+        finding = self._apply(step, loss)
+        if finding is Finding.LEFT_OUT and self._untouched:
+            self._untouched.restore()
+            self._telemetry.keep({"skipped": self.guard.count})
+        for parameter in self._parameters:
+            parameter.grad = None
         return loss
 
     # --------------------------------------------------------------------------------- gradients
@@ -94,8 +124,10 @@ class Update:
                 with self._autocast():
                     loss = loss_of(part)
                 weighted = loss if weight == 1 else loss * weight
-                self._scaled(weighted).backward()  # type: ignore[no-untyped-call]
-            total = total + weighted.detach()
+                scaled = self._scaler.scale(weighted) if self._scaler else weighted
+                seed = self.guard.seed(loss).to(scaled.dtype) if self.guard.active else None
+                scaled.backward(seed)  # type: ignore[no-untyped-call]
+            total = total + weighted.detach().reshape(())
         return total
 
     @contextlib.contextmanager
@@ -115,9 +147,6 @@ class Update:
             return contextlib.nullcontext()
         return torch.autocast(self._world.device.type, dtype=wanted)
 
-    def _scaled(self, loss: Tensor) -> Tensor:
-        return self._scaler.scale(loss) if self._scaler else loss
-
     def _trained(self) -> list[nn.Parameter]:
         """Also those whose optimizer state another rank has."""
         held = [p for group in self._optimizer.param_groups for p in group["params"]]
@@ -126,18 +155,30 @@ class Update:
 
     # ------------------------------------------------------------------------------- the weights
 
-    def _apply(self, step: int) -> None:
+    def _apply(self, step: int, loss: Tensor) -> Finding:
         fits = self._unscale()
-        clip = self._options.clip_grad_norm
-        if clip is not None or self._telling(step):
-            norm = self._norm()
-            if clip is not None:
-                clip_grads_with_norm_(self._parameters, clip, norm)
-            self._tell(step, norm)
-        if fits:
+        finding = self._judged(step, loss, fits=fits)
+        if fits and finding is Finding.SOUND:
             self._optimizer.step()
         if self._scaler:
-            self._scaler.update()
+            # A step that is left out for another reason than the scale does not change it.
+            same = finding is Finding.LEFT_OUT
+            self._scaler.update(self._scaler.get_scale() if same else None)
+        return finding
+
+    def _judged(self, step: int, loss: Tensor, *, fits: bool) -> Finding:
+        """Gradients are looked at where an option asks for it, and clipped."""
+        clip = self._options.clip_grad_norm
+        if clip is None and not self.guard.active and not self._telling(step):
+            return Finding.SOUND
+        norm, finding = self._norm(), Finding.SOUND
+        self._tell(step, norm)
+        if self.guard.active:
+            scaling = self._scaler is not None and not fits and self._scaler.get_scale() > 1
+            finding = self.guard.judge(step, loss, norm, may_overflow=scaling)
+        if clip is not None and finding is Finding.SOUND:
+            clip_grads_with_norm_(self._parameters, clip, norm)
+        return finding
 
     def _unscale(self) -> bool:
         """Whether the scaled gradients of all ranks fitted the range of fp16."""
