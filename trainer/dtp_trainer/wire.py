@@ -436,11 +436,20 @@ class Gang(_Json):
     """Throughput of the last 16 windows, oldest first."""
     data_wait: float | None = None
     """Share of the step time spent waiting for data, 0..1."""
+    step_s: float | None = None
+    """Of a step of this generation, by the mean over all ranks."""
+    phases: Mapping[str, float] = dataclasses.field(default_factory=dict)
+    """Phase → its share of the step over all ranks, 0..1."""
+    verdict: str = ""
+    """data-bound, comm-bound, straggler rank 3, checkpoint, compute; empty: nobody can tell."""
+    verdict_why: str = ""
     restarts: int = 0
     """Generations of this attempt that followed a failure."""
     errors_used: int = 0
     """Of the error budget, in this attempt."""
     hangs_used: int = 0
+    unsaved_s: float | None = None
+    """Seconds of training since the newest checkpoint: what a failure now would cost."""
     leader_errors: int = 0
     """Leaders of this attempt that failed in a row, by mistakes of ours."""
     leader_error: str = ""
@@ -448,8 +457,6 @@ class Gang(_Json):
     outcome: int | None = None
     """With phase ENDED: the gang's exit code (`ExitCode`, or the failing rank's own)."""
     detail: str = ""
-    unsaved_s: float | None = None
-    """Seconds of training since the newest checkpoint: what a failure now would cost."""
     """With phase ENDED: why, in one line."""
     events: tuple[GangEvent, ...] = ()
     """The last 200."""

@@ -222,10 +222,11 @@ class Member:
                 steps=crew.steps,
                 reporting=crew.reporting,
                 window=self._window,
+                phases=crew.folder.phases,
                 host=self._host,
                 formed_group=self._formed_group,
-            )
                 effort=crew.effort,
+            )
         )
 
     def _send(self, message: Leaving | Port | RankExited | RanksGone | Beat) -> None:

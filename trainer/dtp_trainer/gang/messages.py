@@ -110,12 +110,14 @@ class Beat(_Json):
     reporting: bool = False
     """The ranks opened their step files, so a missing step means something."""
     window: Window | None = None
+    phases: Mapping[str, Mapping[str, float]] = dataclasses.field(default_factory=dict)
+    """Rank → phase → mean seconds a step in `window`."""
     host: Host | None = None
     formed_group: bool = False
-
-
     effort: Effort | None = None
     """Of rank 0, from its worker alone."""
+
+
 # --------------------------------------------------------------------------- the leader to a member
 
 

@@ -6,6 +6,7 @@ import dataclasses
 from collections.abc import Iterable, Mapping
 
 from dtp_trainer import wire
+from dtp_trainer.gang.attribution import Attribution, told
 from dtp_trainer.gang.messages import Beat, RankExited
 
 TREND_WINDOWS = 16
@@ -30,6 +31,7 @@ class Progress:
     trend: tuple[float, ...] = ()
     hosts: Mapping[int, wire.Host] = dataclasses.field(default_factory=dict)
     ranks: Mapping[int, RankProgress] = dataclasses.field(default_factory=dict)
+    attribution: Attribution = dataclasses.field(default_factory=Attribution)
     newest: int = 0
     """The newest step that any rank of this generation told of; 0 before the first."""
     reporting: bool = False
@@ -61,7 +63,9 @@ def begun(progress: Progress, ranks: Iterable[int], now: float) -> Progress:
     """A generation with these ranks starts."""
     fresh = {rank: RankProgress(0, now) for rank in ranks}
     reporting = progress.reporting or progress.step is not None
-    return dataclasses.replace(progress, ranks=fresh, reporting=reporting, newest=0)
+    return dataclasses.replace(
+        progress, ranks=fresh, reporting=reporting, newest=0, attribution=Attribution()
+    )
 
 
 def heard(progress: Progress, worker: int, beat: Beat, *, generation: int, now: float) -> Progress:
@@ -77,6 +81,7 @@ def heard(progress: Progress, worker: int, beat: Beat, *, generation: int, now: 
         ranks=_advanced(progress.ranks, beat.steps, now),
         newest=max((progress.newest, *beat.steps.values())),
         reporting=progress.reporting or beat.reporting,
+        attribution=_attributed(progress.attribution, worker, beat),
     )
     return _with_window(progress, beat.window)
 
@@ -163,6 +168,10 @@ def _advanced(
         if known is not None and step > known.step:
             advanced[rank] = RankProgress(step, now)
     return advanced
+
+
+def _attributed(known: Attribution, worker: int, beat: Beat) -> Attribution:
+    return told(known, worker, beat.window.at, beat.phases) if beat.window else known
 
 
 def _same(window: wire.Window, known: wire.Window | None) -> bool:

@@ -3,13 +3,16 @@
 from __future__ import annotations
 
 from dataclasses import replace
+from typing import Any
 
 from dtp_trainer.gang import effort, roster
+from dtp_trainer.gang.attribution import verdict
 from dtp_trainer.gang.chronicle import continued
 from dtp_trainer.gang.facts import told
 from dtp_trainer.gang.progress import Progress
 from dtp_trainer.gang.state import Phase, Rules, State
 from dtp_trainer.wire import Gang, GangPhase, Launch, Member
+from dtp_trainer.worker.folding import measured
 
 FORGIVEN_S = 300.0
 """A leader that leads for so long without a mistake of ours begins to count them anew."""
@@ -114,6 +117,7 @@ def report(state: State, *, attempt: int, term: int, address: str, now: float) -
         tokens_per_s=window.tokens_per_s if window and running else None,
         trend=state.progress.trend,
         data_wait=_data_wait(state),
+        **_attribution(state.progress),
         restarts=state.restarts,
         errors_used=state.errors_used,
         hangs_used=state.hangs_used,
@@ -155,6 +159,21 @@ def _unsaved_s(state: State) -> float | None:
 
 def _last_step_at(state: State) -> float | None:
     return state.progress.shown.last_step_at if state.progress.shown else None
+
+
+def _attribution(progress: Progress) -> dict[str, Any]:
+    """Of this generation; until its first numbers, what was told of the one before."""
+    known, shown = progress.attribution, progress.shown
+    if known.step_s is None:
+        names = ("step_s", "phases", "verdict", "verdict_why")
+        return {name: getattr(shown, name) for name in names} if shown else {}
+    found = verdict(known)
+    return {
+        "step_s": measured(known.step_s),
+        "phases": {name: round(share, 4) for name, share in known.shares.items()},
+        "verdict": found.word,
+        "verdict_why": found.why,
+    }
 
 
 def _data_wait(state: State) -> float | None:

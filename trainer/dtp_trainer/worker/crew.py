@@ -62,7 +62,7 @@ class Crew:
         self._ranks: dict[int, RankProcess] = {}
         self._starts: set[asyncio.Future[RankProcess]] = set()
         self._killed = self._drained = self._late = False
-        self._folder = Folder(launch.worker)
+        self.folder = Folder(launch.worker)
         self._toil = Toil()
         scratch = Path(launch.scratch)
         self._steps_folder = scratch / f"steps.g{order.generation:04d}"
@@ -85,18 +85,18 @@ class Crew:
     @property
     def reporting(self) -> bool:
         """The ranks opened their step files."""
-        return bool(self._folder.last) or any(tail.opened for tail in self._tails.values())
+        return bool(self.folder.last) or any(tail.opened for tail in self._tails.values())
 
     @property
     def steps(self) -> dict[str, int]:
         """Rank → last completed step, 0 before its first; of ranks that run."""
         alive = [rank for rank, process in self._ranks.items() if process.exit is None]
-        return {str(rank): self._folder.last.get(rank, 0) for rank in alive}
+        return {str(rank): self.folder.last.get(rank, 0) for rank in alive}
 
     @property
     def reached(self) -> int:
         """The newest step that any of its ranks completed; 0 before the first."""
-        return max(self._folder.last.values(), default=0)
+        return max(self.folder.last.values(), default=0)
 
     @property
     def effort(self) -> Effort | None:
@@ -232,11 +232,11 @@ class Crew:
             formed_group=bool(known and known.formed_group),
             stands_in=stands_in,
             waits=waits,
-            unstartable=code in _NOT_STARTED and not self._folder.last,
+            unstartable=code in _NOT_STARTED and not self.folder.last,
         )
 
     def _exit(self, rank: int, code: int) -> RankExited:
-        step = self._folder.last.get(rank, 0)
+        step = self.folder.last.get(rank, 0)
         return RankExited(self.order.generation, rank, code, step)
 
     def _recorded_error(self, rank: int) -> str:
@@ -262,11 +262,11 @@ class Crew:
     def _read_steps(self) -> None:
         for tail in self._tails.values():
             steps = tail.read()
-            self._folder.add(steps)
+            self.folder.add(steps)
             self._toil.add(steps)
 
     def _fold(self) -> bool:
-        window = self._folder.fold()
+        window = self.folder.fold()
         if window is not None:
             self._stepped(window)
         return window is not None

@@ -74,6 +74,8 @@ class Folder:
         self._laps: dict[int, _Lap] = {}
         self.last: dict[int, int] = {}
         """Rank → its last completed step."""
+        self.phases: dict[str, dict[str, float]] = {}
+        """Name of a rank → phase → mean seconds a step in the newest window."""
 
     def add(self, steps: Iterable[Step]) -> None:
         for step in steps:
@@ -85,8 +87,13 @@ class Folder:
         laps, self._laps = self._laps, {}
         if not laps:
             return None
-        rank = min(laps)
-        return fold(self._worker, laps[rank].steps, [lap.mean_seconds() for lap in laps.values()])
+        means = {rank: lap.mean_seconds() for rank, lap in laps.items()}
+        self.phases = {
+            str(rank): {name: measured(seconds) for name, seconds in mean.items()}
+            for rank, mean in means.items()
+            if mean
+        }
+        return fold(self._worker, laps[min(laps)].steps, list(means.values()))
 
 
 def fold(worker: int, steps: Sequence[Step], phases: Sequence[dict[str, float]]) -> Window:
@@ -114,7 +121,7 @@ def fold(worker: int, steps: Sequence[Step], phases: Sequence[dict[str, float]])
 def _rate(timed: Sequence[Step], amounts: Sequence[int]) -> float | None:
     """Of the whole job: what its steps held over the wall time they took."""
     seconds = sum(step.seconds.get("step", 0.0) for step in timed)
-    return _measured(sum(amounts) / seconds) if seconds > 0 and any(amounts) else None
+    return measured(sum(amounts) / seconds) if seconds > 0 and any(amounts) else None
 
 
 def _spreads(phases: Sequence[dict[str, float]]) -> dict[str, dict[str, float]]:
@@ -124,9 +131,9 @@ def _spreads(phases: Sequence[dict[str, float]]) -> dict[str, dict[str, float]]:
 
 def _spread(values: Sequence[float]) -> dict[str, float]:
     found = (min(values), statistics.median(values), max(values))
-    return asdict(Spread(*map(_measured, found)))
+    return asdict(Spread(*map(measured, found)))
 
 
-def _measured(value: float) -> float:
+def measured(value: float) -> float:
     """No clock knows more than six digits."""
     return float(f"{value:.6g}")
