@@ -6,14 +6,12 @@ import os
 from collections.abc import Callable
 from dataclasses import dataclass
 from datetime import timedelta
-from typing import Any
 
 import torch
 import torch.distributed as dist
-from torch import Tensor, nn
+from torch import Tensor
 from torch.distributed.distributed_c10d import PrefixStore, _set_pg_timeout
 from torch.distributed.rendezvous import rendezvous
-from torch.nn.parallel import DistributedDataParallel
 
 from dtp_trainer.wire import Env
 
@@ -119,34 +117,6 @@ def join() -> World:
     world = World(dist.get_rank(), size, device, agreement, joined_here=joined_here)
     world.wait_long()
     return world
-
-
-def wrapped(model: nn.Module, world: World, **options: Any) -> nn.Module:
-    """The model in `DistributedDataParallel`; itself for a single rank."""
-    if world.size == 1:
-        return model
-    devices = [world.device.index] if world.device.type == "cuda" else None
-    ddp = DistributedDataParallel(model, device_ids=devices, **options)
-    if world.device.type == "cpu" and world.size > 2 and not options:
-        _settle_buckets(ddp)
-    return ddp
-
-
-def _settle_buckets(ddp: DistributedDataParallel) -> None:
-    """Let DDP arrange its buckets now instead of after the first step.
-
-    Three numbers are summed in an order that depends on their place in a bucket. A resumed job,
-    whose first step is in the middle, would otherwise round that one step differently from a job
-    that was never paused. The backward pass of nothing at all gives DDP its order of gradients.
-    """
-    parameters = [p for p in ddp.module.parameters() if p.requires_grad]
-    kept = [p.grad for p in parameters]
-    nothing = torch.stack([(p * 0).sum() for p in parameters]).sum()
-    ddp.reducer.prepare_for_backward([])
-    nothing.backward()  # type: ignore[no-untyped-call]
-    ddp.reducer._rebuild_buckets()  # noqa: SLF001
-    for parameter, grad in zip(parameters, kept, strict=True):
-        parameter.grad = grad
 
 
 def _join(device: torch.device) -> None:

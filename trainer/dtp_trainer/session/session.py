@@ -85,12 +85,15 @@ class Session:
                 self._world = join()
                 self._telemetry = Telemetry(self.rank, self.world_size)
                 self._profiling, self._rehearsal = Profiling(self.rank), Rehearsal()
+                parallel.prepare(model, optimizer, self.options, self.device)
                 model.to(self.device)
+                self._compression = parallel.Compression(model, self.options)
                 self._update = Update(
                     model, optimizer, scheduler, self.options, self._world, self._telemetry
                 )
-                kept = {**(state or {}), **self._update.states()}
-                self._state = TrainingState(model, optimizer, scheduler, kept, self._world)
+                kept = {**(state or {}), **self._update.states(), **self._compression.states()}
+                own = self._compression.own_states()
+                self._state = TrainingState(model, optimizer, scheduler, kept, self._world, own)
                 self._keeper = open_keeper(self._world, self._stop)
                 self._resume()
             self._leave_if_asked()
@@ -123,7 +126,7 @@ class Session:
     def ddp(self, model: nn.Module, **options: Any) -> nn.Module:
         """The model for the forward pass: wrapped for gradients to be averaged, or itself when
         there is one rank. `options` are those of `DistributedDataParallel`."""
-        forward = parallel.wrapped(model, self._world, self.options, self._power_sgd, **options)
+        forward = parallel.wrapped(model, self._world, self.options, self._compression, **options)
         self._update.forwards_with(forward)
         self._watch.follow_model(forward)
         return forward

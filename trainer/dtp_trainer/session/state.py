@@ -31,7 +31,10 @@ class TrainingState:
         scheduler: Stateful | None,
         others: Mapping[str, Stateful],
         world: World,
+        own: Mapping[str, Stateful] | None = None,
     ) -> None:
+        """`own` has what differs from rank to rank; at another world size it begins anew."""
+        self._own = own or {}
         self._model = model.module if isinstance(model, DistributedDataParallel) else model
         self._world = world
         self._objects: dict[str, Stateful] = {"optimizer": optimizer, **_prefixed(others)}
@@ -42,8 +45,9 @@ class TrainingState:
         """By reference; a collective, for every rank at the same step."""
         model = {**self._model.state_dict(), **self._buffers()}
         shared = {name: item.state_dict() for name, item in self._objects.items()}
-        random = randomness.capture(self._world.device)
-        return StateBundle(shared={"model": model, **shared}, own={"random": random})
+        own = {name: item.state_dict() for name, item in self._own.items()}
+        own["random"] = randomness.capture(self._world.device)
+        return StateBundle(shared={"model": model, **shared}, own=own)
 
     def load(self, loaded: LoadedCheckpoint) -> None:
         """Raises ValueError, in one line, when the checkpoint is of another model or script."""
@@ -55,6 +59,9 @@ class TrainingState:
                 item.load_state_dict(loaded.shared[name])
             except (RuntimeError, KeyError, ValueError, TypeError) as error:
                 raise ValueError(f"{name}: {_first_line(error)}") from None
+        if loaded.own is not None:
+            for name, item in self._own.items():
+                item.load_state_dict(loaded.own[name])
 
     def load_random(self, loaded: LoadedCheckpoint) -> None:
         """This rank's own generators; new ones, the same at each try, at another world size."""
