@@ -376,6 +376,17 @@ def test_slow_start_is_no_hang() -> None:
     assert kinds(table.wait(0.2)) == [KillRanks, KillRanks]
 
 
+def test_steps_that_are_taken_again_are_no_hang() -> None:
+    """Ranks that went back to a checkpoint move, however far they were before."""
+    table = Table(replace(RULES, no_step_for_s=5))
+    table.run(0, 1)
+    for steps in (42, 11, 12):
+        table.beat(0, {"0": steps})
+        table.beat(1, {"1": steps})
+        assert table.wait(4.9) == []
+    assert table.state.progress.step == 12
+
+
 def test_hang_budget() -> None:
     """Hangs beyond their own budget end the gang with HANG."""
     table = Table(replace(RULES, no_step_for_s=5, hang_budget=0))

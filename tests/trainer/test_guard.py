@@ -17,6 +17,7 @@ import pytest
 
 from dtp_trainer import wire
 from dtp_trainer.checkpoints.heads import raise_generation, read_head
+from dtp_trainer.options import CommHook, NonFinite, Options
 from dtp_trainer.ranks.launcher import RankLauncher, RankSpec
 from dtp_trainer.storage import FileStorage
 
@@ -182,6 +183,12 @@ async def test_leniency_ends(job: Job, mode: str, words: str) -> None:
     bad = " ".join(f"0:{step}" for step in range(7, 21))
     assert await job.run(1, BAD=bad, **training(non_finite=mode)) == [1]
     assert words in job.err.splitlines()[-1]
+
+
+def test_what_cannot_be_undone_is_refused() -> None:
+    """PowerSGD remembers gradients of steps that would be left out."""
+    with pytest.raises(ValueError, match="^non_finite: skip cannot undo"):
+        Options(comm_hook=CommHook.POWERSGD, non_finite=NonFinite.SKIP)
 
 
 async def test_an_overflow_of_scaled_gradients_is_left_to_the_scaler(job: Job) -> None:

@@ -62,6 +62,9 @@ class NonFinite(StrEnum):
     """Go back to the newest checkpoint and leave the step out when it comes again."""
 
 
+_FORGIVING = (NonFinite.SKIP, NonFinite.ROLLBACK)
+
+
 @dataclass(frozen=True, slots=True)
 class Options:
     """The defaults change nothing of what the plain script computes."""
@@ -95,6 +98,11 @@ class Options:
             value = getattr(self, name)
             if value is not None and not 0 < value < float("inf"):
                 raise ValueError(f"{name}: must be more than 0, found {value}")
+        if self.comm_hook is CommHook.POWERSGD and self.non_finite in _FORGIVING:
+            raise ValueError(
+                f"non_finite: {self.non_finite} cannot undo what comm_hook: powersgd remembers of "
+                "gradients; use stop"
+            )
 
     def to_dict(self) -> dict[str, Any]:
         """Only what differs from the defaults."""

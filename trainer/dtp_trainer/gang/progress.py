@@ -79,7 +79,7 @@ def heard(progress: Progress, worker: int, beat: Beat, *, generation: int, now: 
     progress = dataclasses.replace(
         progress,
         ranks=_advanced(progress.ranks, beat.steps, now),
-        newest=max((progress.newest, *beat.steps.values())),
+        newest=_newest(progress, beat.steps),
         reporting=progress.reporting or beat.reporting,
         attribution=_attributed(progress.attribution, worker, beat),
     )
@@ -165,9 +165,16 @@ def _advanced(
     for name, step in steps.items():
         rank = int(name)
         known = advanced.get(rank)
-        if known is not None and step > known.step:
+        if known is not None and step != known.step:  # less: it went back to a checkpoint
             advanced[rank] = RankProgress(step, now)
     return advanced
+
+
+def _newest(progress: Progress, steps: Mapping[str, int]) -> int:
+    """Ranks that went back to a checkpoint do so together."""
+    known = {name: progress.ranks.get(int(name)) for name in steps}
+    went_back = any(k is not None and steps[name] < k.step for name, k in known.items())
+    return max((0 if went_back else progress.newest, *steps.values()))
 
 
 def _attributed(known: Attribution, worker: int, beat: Beat) -> Attribution:

@@ -73,14 +73,14 @@ class Folder:
         self._worker = worker
         self._laps: dict[int, _Lap] = {}
         self.last: dict[int, int] = {}
-        """Rank → its last completed step."""
+        """Rank → its last completed step; less than before when it went back to a checkpoint."""
         self.phases: dict[str, dict[str, float]] = {}
         """Name of a rank → phase → mean seconds a step in the newest window."""
 
     def add(self, steps: Iterable[Step]) -> None:
         for step in steps:
             self._laps.setdefault(step.rank, _Lap()).steps.append(step)
-            self.last[step.rank] = max(step.step, self.last.get(step.rank, 0))
+            self.last[step.rank] = step.step
 
     def fold(self) -> Window | None:
         """All steps since the last call; None when there were none."""
