@@ -35,7 +35,8 @@ from dtp_trainer.session.loader import Collate, Dataset
 from dtp_trainer.session.phases import Phases
 from dtp_trainer.session.profiling import Profiling
 from dtp_trainer.session.rehearsal import Rehearsal
-from dtp_trainer.session.state import Stateful, TrainingState
+from dtp_trainer.session.sharded import shard
+from dtp_trainer.session.state import Stateful, TrainingState, unwrapped
 from dtp_trainer.session.stop import Paused, SessionError, StopRequest
 from dtp_trainer.session.telemetry import Position, Telemetry, Value, say, say_warnings
 from dtp_trainer.session.update import LossOf, Update
@@ -93,7 +94,8 @@ class Session:
                 )
                 kept = {**(state or {}), **self._update.states(), **self._compression.states()}
                 own = self._compression.own_states()
-                self._state = TrainingState(model, optimizer, scheduler, kept, self._world, own)
+                sharded = shard(unwrapped(model), optimizer, kept, self.options, self._world)
+                self._state = TrainingState(model, sharded, scheduler, kept, self._world, own)
                 self._keeper = open_keeper(self._world, self._stop)
                 self._resume()
             self._leave_if_asked()

@@ -3,12 +3,12 @@
 from __future__ import annotations
 
 from collections.abc import Mapping
+from dataclasses import dataclass
 from typing import Any, Protocol
 
 import torch
 from torch import Tensor, nn
 from torch.nn.parallel import DistributedDataParallel
-from torch.optim import Optimizer
 
 from dtp_trainer.checkpoints.checkpoint import LoadedCheckpoint, StateBundle
 from dtp_trainer.session import randomness
@@ -21,13 +21,24 @@ class Stateful(Protocol):
     def load_state_dict(self, state_dict: dict[str, Any], /) -> Any: ...
 
 
+@dataclass(frozen=True, slots=True)
+class Sharded:
+    """Model and optimizer as a checkpoint sees them: whole, in pieces where a rank has but a part.
+
+    Where parts are shared, `state_dict` is a collective.
+    """
+
+    model: Stateful
+    optimizer: Stateful
+
+
 class TrainingState:
     """The objects of one rank whose state a checkpoint holds."""
 
     def __init__(
         self,
         model: nn.Module,
-        optimizer: Optimizer,
+        sharded: Sharded,
         scheduler: Stateful | None,
         others: Mapping[str, Stateful],
         world: World,
@@ -35,15 +46,19 @@ class TrainingState:
     ) -> None:
         """`own` has what differs from rank to rank; at another world size it begins anew."""
         self._own = own or {}
-        self._model = model.module if isinstance(model, DistributedDataParallel) else model
+        self._model = unwrapped(model)
+        self._model_state = sharded.model
         self._world = world
-        self._objects: dict[str, Stateful] = {"optimizer": optimizer, **_prefixed(others)}
+        self._objects: dict[str, Stateful] = {
+            "optimizer": sharded.optimizer,
+            **_prefixed(others),
+        }
         if scheduler is not None:
             self._objects["scheduler"] = scheduler
 
     def bundle(self) -> StateBundle:
         """By reference; a collective, for every rank at the same step."""
-        model = {**self._model.state_dict(), **self._buffers()}
+        model = {**self._model_state.state_dict(), **self._buffers()}
         shared = {name: item.state_dict() for name, item in self._objects.items()}
         own = {name: item.state_dict() for name, item in self._own.items()}
         own["random"] = randomness.capture(self._world.device)
@@ -54,7 +69,7 @@ class TrainingState:
         missing = {"model", *self._objects} ^ set(loaded.shared)
         if missing:
             raise ValueError(f"{_listed(missing)} only in one of checkpoint and script")
-        for name, item in {"model": self._model, **self._objects}.items():
+        for name, item in {"model": self._model_state, **self._objects}.items():
             try:
                 item.load_state_dict(loaded.shared[name])
             except (RuntimeError, KeyError, ValueError, TypeError) as error:
@@ -91,6 +106,10 @@ class TrainingState:
             name: part.view_as(tensor)
             for (name, tensor), part in zip(group.items(), parts, strict=True)
         }
+
+
+def unwrapped(model: nn.Module) -> nn.Module:
+    return model.module if isinstance(model, DistributedDataParallel) else model
 
 
 def _prefixed(others: Mapping[str, Stateful]) -> dict[str, Stateful]:
