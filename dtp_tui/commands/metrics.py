@@ -124,6 +124,11 @@ def _shown(name: str, value: float) -> str:
 
     if name.endswith("_bytes"):
         return labels.size(value)
+    if name.endswith("_bytes_per_s"):
+        return f"{labels.size(value)}/s"
+    if name.endswith(("_watts", "_celsius", "_mhz")):
+        unit = {"watts": " W", "celsius": "°C", "mhz": " MHz"}[name.rpartition("_")[2]]
+        return labels.UNKNOWN if math.isnan(value) else f"{value:.0f}{unit}"
     if name.endswith("_s") and not name.endswith("_per_s"):
         return labels.UNKNOWN if math.isnan(value) else f"{value * 1000:.3g}ms"
     if name.endswith("_percent"):

@@ -23,9 +23,18 @@ CAPACITY = 16_384
 FRESH_S = 10.0
 """A worker whose newest sample is older than this, beside the newest of all, no longer counts."""
 
-RESOURCES = ("cpu_percent", "memory_bytes", "gpu_percent", "gpu_memory_bytes")
-"""Names kept for each worker from `wire.Host`; for several GPUs the mean percentage, the sum of
-bytes."""
+_OF_GPUS: Mapping[str, Callable[[Sequence[float]], float]] = {
+    "gpu_percent": fmean,
+    "gpu_memory_bytes": math.fsum,
+    "gpu_watts": math.fsum,
+    "gpu_celsius": max,
+    "gpu_sm_mhz": fmean,
+    "gpu_pcie_rx_bytes_per_s": math.fsum,
+    "gpu_pcie_tx_bytes_per_s": math.fsum,
+}
+RESOURCES = ("cpu_percent", "memory_bytes", *_OF_GPUS)
+"""Names kept for each worker from `wire.Host`; several GPUs are one number: the mean percentage
+and clock, the sum of bytes and watts, the highest temperature."""
 
 
 class Axis(StrEnum):
@@ -257,10 +266,10 @@ class MetricHistory:
 
     def _add_host(self, host: wire.Host) -> None:
         values = {"cpu_percent": host.cpu_percent, "memory_bytes": float(host.memory_bytes)}
-        if host.gpu_percent:
-            values["gpu_percent"] = fmean(host.gpu_percent)
-        if host.gpu_memory_bytes:
-            values["gpu_memory_bytes"] = float(sum(host.gpu_memory_bytes))
+        for name, folded in _OF_GPUS.items():
+            known = [value for value in getattr(host, name) if value is not None]
+            if known:
+                values[name] = folded(known)
         self._put_all(values, host.at, 0, host.worker)
 
     def _add_event(self, event: wire.GangEvent) -> bool:

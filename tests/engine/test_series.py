@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import dataclasses
 import math
 from statistics import fmean
 
@@ -124,6 +125,16 @@ def test_resources_add_up_over_the_workers_that_still_report() -> None:
     view = history.total_view("cpu_percent", 10, start=0, end=100)
     assert [bucket.last for bucket in view[:5]] == [200.0] * 5
     assert view[-1].last == 80.0
+
+
+def test_the_sensors_of_several_gpus_are_one_number() -> None:
+    """Watts add up and the hottest card counts; one without the sensor is left out."""
+    told = MetricHistory()
+    sensors = {"gpu_watts": (300.0, 200.0, None), "gpu_celsius": (55.0, None, 71.0)}
+    told.add(1, dataclasses.replace(host(1.0, worker=2), **sensors))
+    assert told.last("gpu_watts", 2) == 500.0
+    assert told.last("gpu_celsius", 2) == 71.0
+    assert not len(told.series("gpu_sm_mhz", 2))
 
 
 def test_a_missed_column_does_not_make_the_sum_flicker() -> None:

@@ -245,6 +245,12 @@ class Host(_Json):
     gpu_percent: tuple[float, ...] = ()
     gpu_memory_bytes: tuple[int, ...] = ()
     gpu_memory_total_bytes: tuple[int, ...] = ()
+    gpu_watts: tuple[float | None, ...] = ()
+    """This and the next ones: None for a GPU without the sensor, empty when none has it."""
+    gpu_celsius: tuple[float | None, ...] = ()
+    gpu_sm_mhz: tuple[float | None, ...] = ()
+    gpu_pcie_rx_bytes_per_s: tuple[float | None, ...] = ()
+    gpu_pcie_tx_bytes_per_s: tuple[float | None, ...] = ()
 
 
 @dataclasses.dataclass(frozen=True, slots=True)

@@ -6,28 +6,18 @@ import contextlib
 import threading
 import time
 from collections.abc import Callable, Iterable, Mapping
-from dataclasses import dataclass
 from pathlib import Path
-from typing import Any
 
 import psutil
 
 from dtp_trainer.wire import Host
+from dtp_trainer.worker.gpus import Gpus, open_gpus, read_gpus
 
 SAMPLE_S = 1.0
 FAMILY_S = 5.0
 """How often the tree of processes is looked up anew."""
 SHARE_S = 10.0
 """How often the kernel is asked how much of a process's memory is shared; it walks all pages."""
-
-
-@dataclass(frozen=True, slots=True)
-class Gpus:
-    """Of one moment; empty when there are none or NVML does not answer."""
-
-    percent: tuple[float, ...] = ()
-    memory_bytes: tuple[int, ...] = ()
-    memory_total_bytes: tuple[int, ...] = ()
 
 
 class HostSampler:
@@ -66,24 +56,30 @@ class HostSampler:
 
     def _sample(self) -> Host:
         cpu_percent, memory_bytes = self._family.use(self._roots())
+        gpus = self._gpus
         return Host(
             at=time.time(),
             worker=self._worker,
             cpu_percent=round(cpu_percent, 1),
             memory_bytes=memory_bytes,
             memory_total_bytes=memory_limit(),
-            gpu_percent=self._gpus.percent,
-            gpu_memory_bytes=self._gpus.memory_bytes,
-            gpu_memory_total_bytes=self._gpus.memory_total_bytes,
+            gpu_percent=gpus.percent,
+            gpu_memory_bytes=gpus.memory_bytes,
+            gpu_memory_total_bytes=gpus.memory_total_bytes,
+            gpu_watts=gpus.watts,
+            gpu_celsius=gpus.celsius,
+            gpu_sm_mhz=gpus.sm_mhz,
+            gpu_pcie_rx_bytes_per_s=gpus.pcie_rx_bytes_per_s,
+            gpu_pcie_tx_bytes_per_s=gpus.pcie_tx_bytes_per_s,
         )
 
     def _watch_gpus(self) -> None:
         if self._visible == "":
             return
         with contextlib.suppress(Exception):  # silent wherever the driver is not as we expect
-            nvml, handles = _open_gpus(self._visible)
+            nvml, handles = open_gpus(self._visible)
             while not self._stop.wait(SAMPLE_S):
-                self._gpus = _read_gpus(nvml, handles)
+                self._gpus = read_gpus(nvml, handles)
         self._gpus = Gpus()
 
 
@@ -193,33 +189,3 @@ def listens(pids: Iterable[int], port: int) -> bool:
                 if connection.status == psutil.CONN_LISTEN and connection.laddr.port == port:
                     return True
     return False
-
-
-# --------------------------------------------------------------------------------------------- GPUs
-
-
-def _open_gpus(visible: str | None) -> tuple[Any, list[Any]]:
-    import pynvml  # noqa: PLC0415 - absent in a bare image, and its driver library is slow to load
-
-    pynvml.nvmlInit()
-    if visible is None:
-        numbers: Iterable[int] = range(pynvml.nvmlDeviceGetCount())
-        return pynvml, [pynvml.nvmlDeviceGetHandleByIndex(number) for number in numbers]
-    names = [name.strip() for name in visible.split(",")]
-    return pynvml, [_handle(pynvml, name) for name in names if name]
-
-
-def _handle(nvml: Any, name: str) -> Any:
-    if name.isdigit():
-        return nvml.nvmlDeviceGetHandleByIndex(int(name))
-    return nvml.nvmlDeviceGetHandleByUUID(name)
-
-
-def _read_gpus(nvml: Any, handles: Iterable[Any]) -> Gpus:
-    percent, used, total = [], [], []
-    for handle in handles:
-        memory = nvml.nvmlDeviceGetMemoryInfo(handle)
-        percent.append(float(nvml.nvmlDeviceGetUtilizationRates(handle).gpu))
-        used.append(int(memory.used))
-        total.append(int(memory.total))
-    return Gpus(tuple(percent), tuple(used), tuple(total))
