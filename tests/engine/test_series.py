@@ -131,7 +131,7 @@ def test_the_sensors_of_several_gpus_are_one_number() -> None:
     """Watts add up and the hottest card counts; one without the sensor is left out."""
     told = MetricHistory()
     sensors = {"gpu_watts": (300.0, 200.0, None), "gpu_celsius": (55.0, None, 71.0)}
-    told.add(1, dataclasses.replace(host(1.0, worker=2), **sensors))
+    told.add(1, dataclasses.replace(host(1.0, 2, 50.0), **sensors))
     assert told.last("gpu_watts", 2) == 500.0
     assert told.last("gpu_celsius", 2) == 71.0
     assert not len(told.series("gpu_sm_mhz", 2))
