@@ -110,6 +110,7 @@ def checkpoint_record(entry: wire.CheckpointEntry) -> dict[str, Any]:
         "values": dict(entry.values),
         "pinned": entry.pinned,
         "verified": entry.verified,
+        "seconds": entry.seconds,
     }
 
 

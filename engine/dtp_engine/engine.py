@@ -59,7 +59,7 @@ class Engine:
         self._ledger: Ledger = parts.ledger
         self._backend: Backend = parts.backend
         self._clock = clock
-        self._storages = JobStorages(settings)
+        self.storages = JobStorages(settings)
         self._started_at = -ANSWER_WITHIN_S
 
     @classmethod
@@ -80,7 +80,7 @@ class Engine:
     async def aclose(self) -> None:
         await self._backend.aclose()
         await self._ledger.aclose()
-        self._storages.close()
+        self.storages.close()
 
     # ------------------------------------------------------------------------- what a client asks
 
@@ -101,7 +101,7 @@ class Engine:
         key = key or secrets.token_hex(16)
         home, actor, now = self.settings.home, self.settings.actor, self._clock.now()
         job = _new_job(spec, key, actor, now)
-        await self._storages.run(lambda: keep_secrets(home, job.id, spec, os.environ))
+        await self.storages.run(lambda: keep_secrets(home, job.id, spec, os.environ))
         request = Request(key, RequestKind.SUBMIT, job.id, actor, now)
         stored = await self._ledger.request(request, job=job)
         await self.ensure_driver()
@@ -114,7 +114,7 @@ class Engine:
         """From the newest good checkpoint, or from the one of `from_step`."""
         if from_step is not None:
             job = await self.find(ref)
-            await self._storages.of(job.id, lambda s: checkpoints.find(s, str(from_step)))
+            await self.storages.of(job.id, lambda s: checkpoints.find(s, str(from_step)))
         return await self._ask(RequestKind.RESUME, ref, from_step=from_step)
 
     async def scale(self, ref: str, workers: int) -> Job:
@@ -129,7 +129,7 @@ class Engine:
         return await self._ask(RequestKind.KILL, ref)
 
     async def pin(self, job_id: str, name_or_step: str, *, pinned: bool) -> wire.CheckpointEntry:
-        return await self._storages.of(
+        return await self.storages.of(
             job_id, lambda storage: checkpoints.pin(storage, name_or_step, pinned=pinned)
         )
 
@@ -145,10 +145,10 @@ class Engine:
         """Oldest first."""
         jobs = await self._ledger.jobs()
         await self._revive(jobs)
-        return await self._storages.views(jobs)
+        return await self.storages.views(jobs)
 
     async def job(self, job_id: str) -> JobView:
-        return (await self._storages.views([await self._read(job_id)]))[0]
+        return (await self.storages.views([await self._read(job_id)]))[0]
 
     async def attempts(self, job_id: str) -> Sequence[Attempt]:
         return await self._ledger.attempts([job_id])
@@ -225,11 +225,11 @@ class Engine:
 
     async def checkpoints(self, job_id: str) -> Sequence[wire.CheckpointEntry]:
         """Oldest first."""
-        return await self._storages.of(job_id, checkpoints.entries)
+        return await self.storages.of(job_id, checkpoints.entries)
 
     async def in_storage(self, job_id: str, call: Callable[[Storage], T]) -> T:
         """A blocking call with what the job has in its storage."""
-        return await self._storages.of(job_id, call)
+        return await self.storages.of(job_id, call)
 
     async def capacity(self) -> Capacity:
         return await self._backend.capacity()

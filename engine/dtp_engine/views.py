@@ -2,12 +2,15 @@
 
 from __future__ import annotations
 
+import asyncio
+import threading
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass
 from typing import TypeVar
 
 from dtp_engine import checkpoints
 from dtp_engine.backends import job_storage_uri
+from dtp_engine.checkpoints import Between
 from dtp_engine.door import Door
 from dtp_engine.jobs import Job
 from dtp_engine.settings import Settings
@@ -15,6 +18,9 @@ from dtp_trainer import wire
 from dtp_trainer.storage import Storage, open_storage
 
 T = TypeVar("T")
+
+_LENGTH_S = 86_400.0
+_NOTICE_S = 5.0
 
 
 @dataclass(frozen=True, slots=True)
@@ -44,6 +50,28 @@ class JobStorages:
         """A blocking call with the storage of one job."""
         storage = self._open(job_id)
         return await self._door.run(lambda: call(storage))
+
+    async def at_length(self, job_id: str, call: Callable[[Storage, Between], T]) -> T:
+        """As `of`, without a deadline and beside the other calls; a caller that is cancelled waits
+        until the call has noticed."""
+        storage, stopped = self._open(job_id), threading.Event()
+
+        def between() -> None:
+            if stopped.is_set():
+                raise InterruptedError
+
+        door = Door("dtp-length", deadline_s=_LENGTH_S)
+        working = asyncio.ensure_future(door.run(lambda: call(storage, between)))
+        try:
+            return await asyncio.shield(working)
+        except asyncio.CancelledError:
+            stopped.set()
+            done, _ = await asyncio.wait([working], timeout=_NOTICE_S)
+            for each in done:
+                each.exception()  # the one by which it ended: heard, and of no interest
+            raise
+        finally:
+            door.close()
 
     async def views(self, jobs: Sequence[Job]) -> list[JobView]:
         return await self._door.run(lambda: [self._view(job) for job in jobs])
