@@ -11,7 +11,8 @@ import pytest
 pytestmark = pytest.mark.timeout(300)
 
 LONG = "import time\nfor i in range(6000): time.sleep(0.05)\n"
-STUCK = (Path(__file__).parent / "scripts" / "stuck.py").read_text()
+SCRIPTS = Path(__file__).parent / "scripts"
+STUCK, HUNGRY = ((SCRIPTS / name).read_text() for name in ("stuck.py", "hungry.py"))
 
 
 def fill(path: Path) -> None:
@@ -64,6 +65,16 @@ def test_a_hang_names_the_rank_that_is_behind(warm: Any, job_file: Callable[...,
     )
     warm.run("run", "--headless", path, code=6)
     assert "rank 1" in warm.job(path.stem)["detail"]
+
+
+def test_a_rank_that_runs_out_of_memory_is_named(warm: Any, job_file: Callable[..., Path]) -> None:
+    """Not its peer, which only lost it; with the step, and what helps."""
+    path = job_file(HUNGRY, nodes=2, resources={"cpus": 0.5}, retry={"on_errors": 0})
+    warm.run("run", "--headless", path, code=None)
+    job = warm.job(path.stem)
+    assert job["state"] == "FAILED"
+    assert "rank 1 ran out of memory on cpu in step 4" in job["detail"]
+    assert "accumulate: 2" in job["detail"]
 
 
 def test_requests_that_make_no_sense_are_refused(warm: Any, job_file: Callable[..., Path]) -> None:

@@ -187,7 +187,7 @@ async def test_leniency_ends(job: Job, mode: str, words: str) -> None:
 
 def test_what_cannot_be_undone_is_refused() -> None:
     """PowerSGD remembers gradients of steps that would be left out."""
-    with pytest.raises(ValueError, match="^non_finite: skip cannot undo"):
+    with pytest.raises(ValueError, match=r"^non_finite: skip cannot undo"):
         Options(comm_hook=CommHook.POWERSGD, non_finite=NonFinite.SKIP)
 
 
