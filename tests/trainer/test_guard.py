@@ -146,6 +146,22 @@ async def test_a_step_that_is_left_out_leaves_no_trace(
     assert job.executed() == [*range(1, 8), *redone, *([7] if redone else []), *range(8, 21)]
 
 
+@pytest.mark.parametrize(
+    ("shard", "mode"),
+    [("optimizer", "skip"), ("optimizer", "rollback"), ("everything", "rollback")],
+)
+async def test_sharded_ranks_leave_the_same_step_out(
+    job: Job, reference: Job, shard: str, mode: str
+) -> None:
+    """Though each rank holds other gradients or states: clipping and norm are of all together."""
+    options = {"shard": shard, "clip_grad_norm": 1.0}
+    assert await reference.run(2, LEAVE_OUT="7", **training(**options)) == [0, 0]
+    env = training(**options, non_finite=mode)
+    assert await job.run(2, BAD="1:7", ONLY_THE_LOSS=1, **env) == [0, 0]
+    assert job.curve(without=7) == reference.curve(without=7)
+    assert job.values()["skipped"] == 1
+
+
 async def test_a_loss_with_finite_gradients_on_one_rank_is_seen_by_all(job: Job) -> None:
     """A NaN that is added to a loss changes no gradient; still no rank takes the step."""
     env = training(non_finite="skip")

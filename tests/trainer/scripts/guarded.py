@@ -52,7 +52,8 @@ for batch in session.batches(numbers(), global_batch=12, steps=STEPS, seed=3, ah
         scheduler.step()
     else:
         loss = session.optimize(loss_of, batch)
+    weight = getattr(net[0].weight, "full_tensor", lambda: net[0].weight)()
     with notes.open("a") as file:
-        file.write(f"{step} {loss.item()!r} {net[0].weight[0, 0].item()!r}\n")
+        file.write(f"{step} {loss.item()!r} {weight[0, 0].item()!r}\n")
     session.step(loss=loss)
 session.finish()
