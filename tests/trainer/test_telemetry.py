@@ -14,8 +14,9 @@ import pytest
 import torch
 
 from dtp_trainer import wire
-from dtp_trainer.session.loader import Loader, to_device
+from dtp_trainer.session.loader import Loader
 from dtp_trainer.session.telemetry import Position, Telemetry
+from dtp_trainer.session.transport import Transport, each_tensor
 
 FIVE = Position(step=5, epoch=0.5, total_steps=10, samples=12)
 
@@ -155,7 +156,25 @@ def test_a_closed_loader_leaves_no_thread() -> None:
 def test_tensors_are_moved_wherever_they_are_in_a_batch() -> None:
     """Tuples, lists and dicts keep their shape; other things stay as they are."""
     batch = {"x": (torch.zeros(1), [torch.zeros(2)]), "name": "a"}
-    moved = to_device(batch, torch.device("meta"))
+    moved = each_tensor(batch, lambda tensor: tensor.to("meta"))
     assert moved["x"][0].is_meta
     assert moved["x"][1][0].is_meta
     assert moved["name"] == "a"
+
+
+@pytest.mark.gpu
+@pytest.mark.skipif(not torch.cuda.is_available(), reason="needs a CUDA device")
+def test_batches_arrive_on_the_device_whole() -> None:
+    """Copied in a stream of their own, from a thread, while the device is busy; their memory is not
+    used again before the step that has them."""
+    device = torch.device("cuda", 0)
+    transport = Transport(device)
+    loader = Loader(Together(), order(*[[n, n] for n in range(200)]), send=transport.send)
+    busy = torch.randn(2000, 2000, device=device)
+    sums = []
+    for sent in loader:
+        batch = transport.receive(sent)
+        busy = busy @ busy / 2000
+        sums.append(batch.sum())
+    assert [int(total) for total in sums] == [2 * n * n for n in range(200)]
+    loader.close()

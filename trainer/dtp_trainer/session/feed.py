@@ -6,8 +6,9 @@ from typing import Any
 
 from dtp_trainer.session.course import Course
 from dtp_trainer.session.distributed import World
-from dtp_trainer.session.loader import Collate, Dataset, Loader, to_device
+from dtp_trainer.session.loader import Collate, Dataset, Loader
 from dtp_trainer.session.phases import Phases
+from dtp_trainer.session.transport import Transport
 
 
 class Feed:
@@ -18,6 +19,7 @@ class Feed:
     ) -> None:
         self._dataset, self._course, self._world = dataset, course, world
         self._collate, self._ahead = collate, ahead
+        self._transport = Transport(world.device)
         self._loader: Loader | None = None
         self._next = 0
 
@@ -30,7 +32,7 @@ class Feed:
             fetched = next(self._loader)
         self._next = step + 1
         with watch.phase("h2d"):
-            return to_device(fetched, self._world.device)
+            return self._transport.receive(fetched)
 
     def close(self) -> None:
         """No thread of it draws from a random generator any more."""
@@ -41,4 +43,10 @@ class Feed:
     def _open(self, step: int) -> None:
         self.close()
         order = self._course.indices(step, self._world.rank, self._world.size)
-        self._loader = Loader(self._dataset, order, collate=self._collate, ahead=self._ahead)
+        self._loader = Loader(
+            self._dataset,
+            order,
+            collate=self._collate,
+            ahead=self._ahead,
+            send=self._transport.send,
+        )

@@ -12,8 +12,6 @@ import threading
 from collections.abc import Callable, Iterable, Iterator
 from typing import Any, Protocol, TypeAlias
 
-import torch
-from torch import Tensor
 from torch.utils.data import default_collate
 
 from dtp_trainer.sampler import Indices
@@ -40,9 +38,11 @@ class Loader:
         *,
         collate: Collate | None = None,
         ahead: int = 2,
+        send: Callable[[Any], Any] = lambda batch: batch,
     ) -> None:
-        """`order` gives the indices of each batch; with `ahead` = 0 no thread is started."""
-        self._dataset = dataset
+        """`order` gives the indices of each batch, and `send` is the last that the thread does with
+        it; with `ahead` = 0 no thread is started."""
+        self._dataset, self._send = dataset, send
         self._collate = collate or default_collate
         self._batches = map(self._fetch, order)
         self._closed = threading.Event()
@@ -91,6 +91,9 @@ class Loader:
             self._ready.get_nowait()
 
     def _fetch(self, indices: Indices) -> Any:
+        return self._send(self._batch(indices))
+
+    def _batch(self, indices: Indices) -> Any:
         batched = getattr(self._dataset, "__getitems__", None)
         if batched is None:
             return self._collate([self._dataset[index] for index in indices.tolist()])
@@ -99,15 +102,3 @@ class Loader:
 
 
 _Fetched: TypeAlias = tuple[Any, BaseException | None]
-
-
-def to_device(batch: Any, device: torch.device) -> Any:
-    """Tensors of a batch (alone, or in tuples, lists and dicts) moved; the rest as it is."""
-    if isinstance(batch, Tensor):
-        return batch.to(device, non_blocking=True)
-    if isinstance(batch, dict):
-        return {key: to_device(value, device) for key, value in batch.items()}
-    if isinstance(batch, list | tuple):
-        moved = [to_device(value, device) for value in batch]
-        return type(batch)(*moved) if hasattr(batch, "_fields") else type(batch)(moved)
-    return batch

@@ -142,7 +142,7 @@ class Session:
         steps: int | None = None,
         seed: int = 0,
         collate: Collate | None = None,
-        ahead: int = 2,
+        ahead: int | None = None,
     ) -> Iterator[Any]:
         """This rank's share of every batch that is left, on its device; call `step` once for each.
 
@@ -152,8 +152,9 @@ class Session:
         Args:
             global_batch: Samples a step over all ranks; the number of ranks must divide it.
             epochs, steps: Where training ends, counted from the beginning of the job.
-            ahead: Batches fetched in advance by a thread. 0: a dataset that draws from the global
-                random generators repeats exactly only then.
+            ahead: Batches fetched in advance by a thread, and sent to the device; None: the option
+                `prefetch`. 0: a dataset that draws from the global random generators repeats
+                exactly only then.
         """
         if self._feed is not None:
             raise RuntimeError("call session.batches() once; it goes through all epochs")
@@ -163,7 +164,8 @@ class Session:
             if self._loaded is not None and "epoch" in self._loaded.data_state:
                 lanes.position(self._loaded.data_state)
         self._course = planned
-        self._feed = Feed(dataset, planned, self._world, collate=collate, ahead=ahead)
+        prefetch = self.options.prefetch if ahead is None else ahead
+        self._feed = Feed(dataset, planned, self._world, collate=collate, ahead=prefetch)
         self._leave_if_asked()
         if self._loaded is not None:
             self._state.load_random(self._loaded)
