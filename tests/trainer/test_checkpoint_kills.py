@@ -90,7 +90,7 @@ def kill_and_load(savers: Savers, folder: Path, kills: int) -> None:
         assert loaded.step >= max(savers.committed, reached)
         assert loaded.step == loaded.shared["step"]
         assert loaded.own
-        for tensor in (loaded.shared["a"], loaded.shared["b"], loaded.own["step"]):
+        for tensor in (*(loaded.shared[name] for name in "abc"), loaded.own["step"]):
             assert bool((tensor == loaded.step).all())
         reached = loaded.step
     assert reached > 0

@@ -20,9 +20,10 @@ from dtp_trainer.checkpoints.checkpoint import (
     load_newest,
 )
 from dtp_trainer.checkpoints.heads import Retention
+from dtp_trainer.checkpoints.pieces import Piece
 from dtp_trainer.storage import FileStorage
 
-ELEMENTS = 300_000
+ELEMENTS, PIECE_ELEMENTS = 300_000, 50_000
 
 
 def say(text: str) -> None:
@@ -36,7 +37,9 @@ def said(report: SaveReport) -> None:
 
 def bundle(step: int, rank: int) -> StateBundle:
     """Every number in it is the step, so that a mixture of two steps cannot go unseen."""
-    shared = {name: torch.full((ELEMENTS,), float(step)) for name in ("a", "b")}
+    shared: dict[str, object] = {n: torch.full((ELEMENTS,), float(step)) for n in ("a", "b")}
+    half = torch.full((PIECE_ELEMENTS // 2,), float(step))
+    shared["c"] = Piece((PIECE_ELEMENTS,), half.dtype, rank * len(half), half)
     return StateBundle({**shared, "step": step}, {"step": torch.tensor(step), "rank": rank})
 
 
