@@ -57,6 +57,10 @@ def progress_record(gang: wire.Gang | None) -> dict[str, Any]:
         "samples_per_s": gang.samples_per_s if gang else None,
         "tokens_per_s": gang.tokens_per_s if gang else None,
         "data_wait": gang.data_wait if gang else None,
+        "step_s": gang.step_s if gang else None,
+        "phases": dict(gang.phases) if gang else {},
+        "verdict": gang.verdict if gang else "",
+        "verdict_why": gang.verdict_why if gang else "",
     }
 
 

@@ -12,7 +12,6 @@ from dtp_tui import labels
 from dtp_tui.messages import JobPicture
 from dtp_tui.widgets.chart import Curve, Plot
 from dtp_tui.widgets.jobs_table import memory
-from dtp_tui.widgets.workers_table import seconds
 
 WINDOWS_S = (60.0, 300.0, 900.0, 3600.0, 6 * 3600.0)
 """Choices of how much of the past the charts show; beyond them, all of it."""
@@ -121,12 +120,16 @@ def _throughput(history: MetricHistory, ground: _Ground) -> Plot:
 def _step_time(history: MetricHistory, ground: _Ground) -> Plot:
     named = (("step", "step_s"), ("data", "data_s"))
     curves = [
-        (name, history.series(key), seconds(newest))
+        (name, history.series(key), labels.seconds(newest))
         for name, key in named
         if (newest := history.last(key)) is not None
     ]
     return _plot(
-        ground, "Step time", curves, lambda value: seconds(value) if value else "0", from_zero=True
+        ground,
+        "Step time",
+        curves,
+        lambda value: labels.seconds(value) if value else "0",
+        from_zero=True,
     )
 
 

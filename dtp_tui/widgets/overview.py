@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from collections.abc import Iterator
 from typing import ClassVar
 
 from textual.app import ComposeResult
@@ -10,6 +11,7 @@ from textual.containers import Grid, Vertical
 
 from dtp_engine.jobs import Job
 from dtp_engine.series import MetricHistory
+from dtp_trainer import wire
 from dtp_tui import labels
 from dtp_tui.cleaning import harmless
 from dtp_tui.labels import Tone
@@ -70,7 +72,10 @@ class Overview(Vertical, can_focus=True):
 
     def show_job(self, picture: JobPicture) -> None:
         self._picture = picture
-        self.query_one("#stats", Lines).show(stats(picture, self.past))
+        above = self.query_one("#stats", Lines)
+        lines = stats(picture, self.past)
+        above.styles.height = len(lines)
+        above.show(lines)
         self.query_one("#last-events", Lines).show(last_events(picture))
         for name, plot in plots(picture, self.past).items():
             self.query_one(f"#{name}", Chart).show(plot)
@@ -90,8 +95,9 @@ class Overview(Vertical, can_focus=True):
         self.set_past(self.past.wider())
 
 
-def stats(picture: JobPicture, shown: Past) -> tuple[Line, Line, Line]:
-    """State and progress; the gang; the newest values."""
+def stats(picture: JobPicture, shown: Past) -> tuple[Line, ...]:
+    """State and progress; the gang; the newest values; once it is known, where steps take their
+    time."""
     job, gang = picture.view.job, picture.view.gang
     state = label_span(labels.headline(job, gang))
     first = joined([(Span(state.text, state.tone, strong=True),), _progress(picture), _why(job)])
@@ -101,6 +107,7 @@ def stats(picture: JobPicture, shown: Past) -> tuple[Line, Line, Line]:
         Line((Span(" "), *first)),
         Line((Span(" "), *second)),
         Line((Span(" "), *joined(_value_groups(picture.history))), chart_range),
+        *_step_time(gang),
     )
 
 
@@ -154,6 +161,18 @@ def _gang_groups(picture: JobPicture) -> list[tuple[Span, ...]]:
         groups.append((Span("checkpoint ", Tone.QUIET), Span(saved)))
     groups.append((Span("ran ", Tone.QUIET), Span(labels.elapsed(job, picture.now))))
     return groups
+
+
+def _step_time(gang: wire.Gang | None) -> Iterator[Line]:
+    """One line, or none while nobody knows."""
+    if gang is None or gang.step_s is None:
+        return
+    spans = [Span(" step ", Tone.QUIET), Span(f"{labels.seconds(gang.step_s)}:")]
+    for phase in labels.phases(gang.phases):
+        name, _, share = phase.rpartition(" ")
+        spans += [Span(f" {name} ", Tone.QUIET), Span(share)]
+    tone = Tone.GOOD if gang.verdict == "compute" else Tone.WARN
+    yield Line(tuple(spans), (Span(f"{gang.verdict} ", tone),))
 
 
 def _value_groups(history: MetricHistory) -> list[tuple[Span, ...]]:

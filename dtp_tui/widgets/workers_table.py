@@ -78,7 +78,7 @@ def _row(
                 _share(fmean(member.gpu_percent) if member and member.gpu_percent else None), here
             ),
             Span(labels.size(sum(member.gpu_memory_bytes) or None if member else None), here),
-            Span(labels.UNKNOWN if took is None else seconds(took), here),
+            Span(labels.UNKNOWN if took is None else labels.seconds(took), here),
             _lag(took, usual),
         ),
     )
@@ -102,13 +102,6 @@ def state(member: wire.Member | None, placement: Placement | None, *, leads: boo
             return Span("◔ being placed", Tone.BUSY)
         case _:
             return Span("◑ starting", Tone.BUSY)
-
-
-def seconds(value: float) -> str:
-    """Of one step: ``840 µs``, ``12.3 ms``, ``1.24 s``."""
-    if value < 1e-3:
-        return f"{value * 1e6:.0f} µs"
-    return f"{value * 1e3:.3g} ms" if value < 1 else f"{value:.3g} s"
 
 
 def _gone(placement: Placement | None) -> bool:

@@ -157,3 +157,42 @@ def test_span_and_elapsed() -> None:
     assert labels.span(timedelta(milliseconds=1500)) == "1s500ms"
     assert labels.elapsed(job(started_at=NOW - timedelta(seconds=75)), NOW) == "1m15s"
     assert labels.elapsed(job(), NOW) == labels.UNKNOWN
+
+
+SHARES = {"backward": 0.4, "comm": 0.09, "data": 0.02, "forward": 0.38, "optimizer": 0.1}
+
+
+@pytest.mark.parametrize(
+    ("known", "words"),
+    [
+        ({}, ""),
+        ({"step_s": 0.041}, "41 ms:"),
+        (
+            {"step_s": 0.041, "phases": SHARES, "verdict": "comm-bound"},
+            "41 ms: forward 38% backward 40% comm 9% optimizer 10% → comm-bound",
+        ),
+        (
+            {"step_s": 1.5, "phases": {"forward": 0.998, "data": 0.002}, "verdict": "compute"},
+            "1.5 s: forward 100% → compute",
+        ),
+    ],
+)
+def test_where_a_step_takes_its_time(known: dict[str, object], words: str) -> None:
+    """The four largest phases in the order of a step, and what it is bound by."""
+    assert labels.step_time(gang(2, **known)) == words
+
+
+def test_a_step_time_fits_a_terminal() -> None:
+    """At its longest it leaves room for the name of the line."""
+    shares = dict.fromkeys(("checkpoint", "optimizer", "backward", "forward"), 0.25)
+    known = {"step_s": 0.1234, "phases": shares, "verdict": "straggler rank 1023"}
+    assert len(f"  {'step':<10} {labels.step_time(gang(2, **known))}") <= 100
+
+
+@pytest.mark.parametrize(
+    ("name", "number", "words"),
+    [("mfu", 0.4123, "41.2%"), ("peak_memory_bytes", 3 << 30, "3.0 GiB"), ("mfu", 1.5, "1.5")],
+)
+def test_derived_values_have_their_units(name: str, number: float, words: str) -> None:
+    """Shares as percentages, bytes as sizes."""
+    assert labels.value(number, name) == words

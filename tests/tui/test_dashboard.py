@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Awaitable, Callable
+from dataclasses import replace
 from datetime import timedelta
 from types import SimpleNamespace
 from typing import Any
@@ -102,6 +103,22 @@ async def test_charts_show_what_was_measured(
     assert "8.20k samples/s" in screen
     assert "step 12 ms" in screen
     assert any(0x2800 < ord(char) <= 0x28FF for char in screen)
+
+
+async def test_a_job_says_where_its_steps_take_their_time(
+    engine: Any, given: SimpleNamespace, app_of: Any, until: Until, seen: Seen
+) -> None:
+    """In one line of 80 columns: the step, its largest phases, and the rank that holds it up."""
+    shares = {"forward": 0.38, "backward": 0.4, "comm": 0.1, "optimizer": 0.1, "other": 0.02}
+    found = {"step_s": 0.0412, "phases": shares, "verdict": "straggler rank 3"}
+    engine.views = [
+        replace(view, gang=view.gang and replace(view.gang, **found)) for view in engine.views
+    ]
+    app = app_of(engine, "digits")
+    async with app.run_test(size=SMALL) as pilot:
+        await until(pilot, lambda: "straggler rank 3" in seen(app))
+        line = next(line for line in seen(app).splitlines() if "straggler" in line)
+    assert "step 41.2 ms: forward 38% backward 40% comm 10% optimizer 10%" in line
 
 
 async def test_logs_come_in_and_are_filtered(

@@ -68,3 +68,17 @@ def samples_per_s(behaviour: Behaviour, world_size: int, step: int) -> float:
 def data_wait(behaviour: Behaviour, step: int) -> float:
     """Share of the step time spent waiting for data."""
     return 0.04 + 0.03 * (1 + noise(behaviour.seed + 3, step))
+
+
+def phases(behaviour: Behaviour, world_size: int, step: int) -> Mapping[str, float]:
+    """Phase → share of the step; the more ranks, the more of it is communication.
+
+    >>> sum(phases(Behaviour(), 4, 100).values())
+    1.0
+    """
+    data, comm = data_wait(behaviour, step), 0.03 * math.log2(max(world_size, 1))
+    rest = 1 - data - comm
+    shares = {"data": data, "forward": 0.3 * rest, "backward": 0.6 * rest, "optimizer": 0.08 * rest}
+    if world_size > 1:
+        shares["comm"] = comm
+    return {**shares, "other": 1 - sum(shares.values())}

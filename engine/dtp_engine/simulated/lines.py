@@ -81,7 +81,7 @@ def _window(gang: GangFacts, segment: Segment, worker: int, second: int) -> wire
     each = gang.plan.spec.nproc_per_node
     world = len(segment.workers) * each
     speed = curves.samples_per_s(script, world, step)
-    wait = curves.data_wait(script, step)
+    shares = {"step": 1.0, **curves.phases(script, world, step)}
     return wire.Window(
         at=float(second),
         generation=segment.generation,
@@ -95,7 +95,7 @@ def _window(gang: GangFacts, segment: Segment, worker: int, second: int) -> wire
         values=curves.values(script, step),
         samples_per_s=round(speed, 1),
         tokens_per_s=round(speed * script.tokens_per_sample) if script.tokens_per_sample else None,
-        phases={"step": _spread(segment.step_s), "data": _spread(segment.step_s * wait)},
+        phases={name: _spread(segment.step_s * share) for name, share in shares.items()},
     )
 
 

@@ -68,6 +68,9 @@ def _with_progress(status: wire.Gang, gang: GangFacts, last_step_at: float) -> w
         tokens_per_s=round(speed * tokens, 1) if running and tokens else None,
         trend=tuple(round(value, 1) for value in reversed(trend)),
         data_wait=round(curves.data_wait(script, step), 4),
+        step_s=round(curves.seconds_a_step(script, world), 6),
+        phases={n: round(share, 4) for n, share in curves.phases(script, world, step).items()},
+        verdict="compute",
     )
 
 

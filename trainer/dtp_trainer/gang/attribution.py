@@ -120,7 +120,8 @@ def _where(ranks: Mapping[int, Seconds], slowest: int) -> str:
         if name not in _NOT_OF_THE_STEP
     }
     phase = max(longer, key=lambda name: longer[name])
-    return f"{longer[phase] * 1000:.0f} ms a step longer than the others in {phase}"
+    place = "the rest of its loop" if phase == "other" else phase
+    return f"{longer[phase] * 1000:.0f} ms a step longer than the others in {place}"
 
 
 def _mixed(old: Seconds, new: Seconds, weight: float) -> dict[str, float]:
