@@ -116,7 +116,9 @@ def training(**options: Any) -> dict[str, str]:
     return {str(wire.Env.OPTIONS): json.dumps(options)}
 
 
-@pytest.mark.parametrize(("world", "options"), [(1, {}), (2, {}), (2, {"accumulate": 3})])
+@pytest.mark.parametrize(
+    ("world", "options"), [(1, {}), (2, {}), (2, {"accumulate": 3, "static_graph": True})]
+)
 async def test_stop_ends_all_ranks_at_the_step_and_names_the_rank(
     job: Job, world: int, options: dict[str, Any]
 ) -> None:

@@ -55,7 +55,7 @@ class Update:
         self._scaler: torch.amp.GradScaler | None = None
         if options.precision is Precision.FP16:
             self._scaler = torch.amp.GradScaler(world.device.type)
-        self._used = False
+        self._steps = 0
         if self._scaler or self.guard.forgives:
             # The first step's update may be left out; the schedule goes by steps all the same.
             warnings.filterwarnings("ignore", message="Detected call of `lr_scheduler.step()`")
@@ -73,7 +73,7 @@ class Update:
         plain, chosen = Options(), self._options
         names = ("precision", "accumulate", "clip_grad_norm", "non_finite")
         asked = [name for name in names if getattr(chosen, name) != getattr(plain, name)]
-        if asked and not self._used:
+        if asked and not self._steps:
             raise SessionError(
                 f"training.{asked[0]} works in scripts that call session.optimize(loss_of, batch) "
                 "instead of backward() and optimizer.step(): docs/session.md"
@@ -82,7 +82,8 @@ class Update:
     def make(self, step: int, loss_of: LossOf, batch: Any) -> Tensor:
         """The mean loss of this rank's share, detached; NaN for a step that was left out before.
         `step` is the one being taken."""
-        if not self._used:
+        self._steps += 1
+        if self._steps == 1:
             self._begin()
         if self.guard.leaves_out(step):
             loss = torch.full((), math.nan, device=self._world.device)
@@ -95,7 +96,6 @@ class Update:
         return loss
 
     def _begin(self) -> None:
-        self._used = True
         if self.guard.active and self._world.size > 1 and not self._forward:
             raise SessionError("training.non_finite works with the model that session.ddp() gives")
         self._parameters = self._trained()
@@ -136,10 +136,15 @@ class Update:
         with contextlib.ExitStack() as stack:
             for model in self._forward:
                 if isinstance(model, DistributedDataParallel):
-                    stack.enter_context(contextlib.nullcontext() if last else model.no_sync())
+                    if not (last or self._learning(model)):
+                        stack.enter_context(model.no_sync())
                 elif hasattr(model, "set_requires_gradient_sync"):  # FSDP2's, not imported here
                     cast(_Sharded, model).set_requires_gradient_sync(last)
             yield
+
+    def _learning(self, model: DistributedDataParallel) -> bool:
+        """DDP learns a static graph in its first step, from backward passes that average."""
+        return model.static_graph and self._steps == 1
 
     def _autocast(self) -> contextlib.AbstractContextManager[object]:
         wanted = _TYPES.get(self._options.precision)
