@@ -7,6 +7,7 @@ import yaml
 from dtp_engine.backend import Capacity
 from dtp_engine.engine import Engine
 from dtp_engine.jobs import JobSpec
+from dtp_trainer.checkpoints.grace import too_short
 from dtp_tui import labels
 from dtp_tui.output import Exit, Output
 from dtp_tui.records import spec_record
@@ -31,8 +32,18 @@ async def print_plan(engine: Engine, spec: JobSpec, out: Output) -> int:
     out.say()
     for line in placement_words(spec, capacity, fitting):
         out.say(line)
+    if problem := await _measured(engine, spec):
+        out.say(problem)
     out.say("dry run: nothing was started")
     return Exit.SUCCEEDED
+
+
+async def _measured(engine: Engine, spec: JobSpec) -> str:
+    """What the checkpoints of the last job of this name say about its grace."""
+    earlier = [view.checkpoint for view in await engine.jobs() if view.job.name == spec.name]
+    last = earlier[-1] if earlier else None
+    problem = last and too_short(last, spec.stop_grace.total_seconds())
+    return f"the last job of this name: {problem}" if problem else ""
 
 
 def workers_that_fit(spec: JobSpec, capacity: Capacity) -> int:

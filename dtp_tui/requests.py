@@ -30,6 +30,8 @@ def send(
             out.emit(records.job_record(view))
             return
         out.say(f"{job.name} ({job.id}): {out.label(labels.headline(view.job, view.gang))}")
+        if problem := view.grace_problem:
+            out.say(f"  {problem}")
         if line := then(view.job):
             out.hint(line)
 

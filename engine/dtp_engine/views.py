@@ -15,6 +15,7 @@ from dtp_engine.door import Door
 from dtp_engine.jobs import Job
 from dtp_engine.settings import Settings
 from dtp_trainer import wire
+from dtp_trainer.checkpoints.grace import too_short
 from dtp_trainer.storage import Storage, open_storage
 
 T = TypeVar("T")
@@ -32,6 +33,12 @@ class JobView:
     """``gang.json`` of the current attempt; None before its first generation."""
     checkpoint: wire.CheckpointEntry | None
     """The one from which the job would go on."""
+
+    @property
+    def grace_problem(self) -> str:
+        """What to do when a checkpoint takes longer than a stop may; empty when it does not."""
+        grace_s = self.job.spec.stop_grace.total_seconds()
+        return (self.checkpoint and too_short(self.checkpoint, grace_s)) or ""
 
 
 class JobStorages:

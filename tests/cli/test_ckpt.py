@@ -129,3 +129,17 @@ def test_mistakes_are_one_line(cli: Any, digits: Path) -> None:
     for words in (("show", "fresh"), ("verify", "fresh"), ("export", "fresh", "w.safetensors")):
         assert cli.error("ckpt", *words) == "the job has no checkpoint yet"
     assert cli("ckpt", "verify", "fresh", "all").stdout == ""
+
+
+def test_a_grace_too_short_is_said_where_it_matters(cli: Any, digits: Path) -> None:
+    """`show` of the job, and the plan of the next one of its name, say what to raise."""
+    head = json.loads((digits / "head.json").read_text())
+    for each in head["entries"]:
+        each |= {"seconds": 41.0, "bytes": 5 << 30}
+    (digits / "head.json").write_text(json.dumps(head))
+    words = "a checkpoint of 5.0 GiB takes about 41 s here, stop_grace is 30s: raise stop_grace to"
+    assert words in cli("show", "digits").stdout
+    again = cli.job_file("pass", name="digits")
+    assert f"the last job of this name: {words} 60s" in cli("run", again, "--dry-run").stdout
+    enough = cli.job_file("pass", name="digits", stop_grace="1m")
+    assert "stop_grace is" not in cli("run", enough, "--dry-run").stdout

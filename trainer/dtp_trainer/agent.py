@@ -22,6 +22,7 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
+from dtp_trainer.checkpoints.grace import RANKS_SHARE
 from dtp_trainer.gang import election, links
 from dtp_trainer.gang.candidate import Candidate
 from dtp_trainer.gang.election import Led, Over, Vacant
@@ -41,8 +42,6 @@ RETRY_S = 0.2
 FAREWELL_S = 8.0
 """How long a leader may take to dismiss the others after its own worker was dismissed."""
 CLAIM_CHECK_S = 2.0
-OWN_SHARE_OF_GRACE = 0.9
-"""Ranks are killed when this much of the grace is over; the rest is for the last words."""
 
 log = logging.getLogger("dtp.agent")
 
@@ -106,7 +105,7 @@ class Agent:
             self._working.cancel()
             return
         loop = asyncio.get_running_loop()
-        own_share_s = self._launch.grace_s * OWN_SHARE_OF_GRACE
+        own_share_s = self._launch.grace_s * RANKS_SHARE
         loop.call_later(own_share_s, lambda: self._member.kill(late=True))
         loop.call_later(self._launch.grace_s, self._give_up)
 

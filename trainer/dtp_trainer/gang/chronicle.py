@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import dataclasses
 
+from dtp_trainer.checkpoints.grace import size
 from dtp_trainer.wire import CheckpointEntry, Gang, GangEvent
 
 KEPT = 200
@@ -50,7 +51,7 @@ class Chronicle:
         """A checkpoint exists; told once."""
         if (entry.generation, entry.step) <= self.checkpoint:
             return self
-        text = f"checkpoint {entry.name}, {_size(entry.bytes)}"
+        text = f"checkpoint {entry.name}, {size(entry.bytes)}"
         told = self.tell(entry.at, "checkpoint", text, step=entry.step)
         return dataclasses.replace(told, checkpoint=(entry.generation, entry.step))
 
@@ -63,17 +64,3 @@ def continued(gang: Gang | None) -> Chronicle:
     if not told and len(gang.events) >= KEPT:  # They are older than what is kept.
         told = [(gang.generation, gang.step or 0)]
     return Chronicle(gang.events, gang.generation, max(told, default=(0, 0)))
-
-
-def _size(count: float) -> str:
-    """
-    >>> _size(512), _size(16_180), _size(3_880_000)
-    ('512 B', '15.8 KiB', '3.7 MiB')
-    """
-    if count < 1024:
-        return f"{count:.0f} B"
-    for unit in ("KiB", "MiB", "GiB"):
-        count /= 1024
-        if count < 1023.95:
-            return f"{count:.1f} {unit}"
-    return f"{count / 1024:.1f} TiB"

@@ -5,6 +5,7 @@ from __future__ import annotations
 from dataclasses import replace
 from typing import assert_never
 
+from dtp_trainer.checkpoints.grace import too_short
 from dtp_trainer.gang import effort, progress, roster
 from dtp_trainer.gang.messages import Beat, Hello, Leaving, Port, RankExited, RanksGone
 from dtp_trainer.gang.roster import Peer
@@ -21,8 +22,10 @@ from dtp_trainer.gang.state import (
     Tick,
     Unprepared,
 )
+from dtp_trainer.wire import CheckpointEntry
 
 RETRY_S = 1.0
+TOO_SHORT = "grace_too_short"
 
 
 def absorb(state: State, given: Input, now: float) -> State:
@@ -41,13 +44,22 @@ def absorb(state: State, given: Input, now: float) -> State:
                 state = told(state, now, "not_formed", f"no generation could be formed: {why}")
             return replace(state, phase=Phase.GATHERING, not_before=now + RETRY_S, trouble=why)
         case Committed(entry):
-            return replace(state, chronicle=state.chronicle.committed(entry))
+            return _committed(state, entry)
         case Noted(name, text):
             return told(state, now, name, text, step=state.progress.step)
         case Prepared() | Unprepared() | Tick():
             return state
         case _:
             assert_never(given)
+
+
+def _committed(state: State, entry: CheckpointEntry) -> State:
+    """That a stop leaves too little time for such a checkpoint is said once."""
+    state = replace(state, chronicle=state.chronicle.committed(entry))
+    problem = too_short(entry, state.rules.grace_s)
+    if problem is None or any(e.name == TOO_SHORT for e in state.chronicle.events):
+        return state
+    return told(state, entry.at, TOO_SHORT, problem, step=entry.step)
 
 
 def told(
