@@ -125,6 +125,8 @@ def _print_summary(out: Output, view: JobView) -> None:
         "workers": f"{labels.workers(job, gang)} (may have {job.spec.nodes})",
         "progress": _progress(view),
         "grace": view.grace_problem,
+        "step": labels.step_time(gang),
+        "because": gang.verdict_why if gang else "",
         "trained": labels.elapsed(job, now) if job.started_at else "",
         "submitted": f"{labels.moment(job.created_at)} by {job.created_by}",
         "ended": labels.moment(job.ended_at) if job.ended_at else "",
