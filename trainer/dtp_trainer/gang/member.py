@@ -22,11 +22,12 @@ from dtp_trainer.gang.messages import (
     RanksGone,
     Start,
 )
-from dtp_trainer.gang.ports import HeldPort
+from dtp_trainer.gang.ports import HeldPort, reaches
 from dtp_trainer.ranks.launcher import RankLauncher
 from dtp_trainer.wire import Host, Launch, Window
 from dtp_trainer.worker.crew import Crew
 from dtp_trainer.worker.hosts import listens
+from dtp_trainer.worker.launching import TORCHRUN, launcher_of
 from dtp_trainer.worker.lines import Lines
 
 BEAT_S = 1.0
@@ -155,7 +156,7 @@ class Member:
         self._crew = Crew(
             self._launch,
             order,
-            launcher=self._launcher,
+            launcher=launcher_of(self._launch, order, self._launcher),
             lines=self._lines,
             exited=self._exited,
             stepped=self._stepped,
@@ -194,15 +195,16 @@ class Member:
             self._beat()
 
     async def _watch_for_group(self, crew: Crew) -> None:
-        """A rank that listens at the master port formed a process group; warm ranks tell by
-        themselves, others cannot."""
+        """A rank that listens at the master port (with torchrun: is connected to it) formed a
+        process group; warm ranks tell by themselves, others cannot."""
         if crew.order.first_rank != 0:
             return
         waits = [*LISTENING_S]
         while not (self._formed_group or crew.reporting):
             await asyncio.sleep(waits.pop(0) if waits else BEAT_S)
             pids, port = crew.pids, crew.order.master_port
-            self._formed_group = await asyncio.to_thread(listens, pids, port)
+            look = reaches if self._launch.launcher == TORCHRUN else listens
+            self._formed_group = await asyncio.to_thread(look, pids, port)
 
     # --------------------------------------------------------------------------------------- beats
 

@@ -2,9 +2,13 @@
 
 from __future__ import annotations
 
+import contextlib
 import socket
+from collections.abc import Iterable
 from types import TracebackType
 from typing import Self
+
+import psutil
 
 
 class HeldPort:
@@ -33,3 +37,13 @@ class HeldPort:
         trace: TracebackType | None,
     ) -> None:
         self.release()
+
+
+def reaches(pids: Iterable[int], port: int) -> bool:
+    """Whether one of these processes is connected to somebody's `port`."""
+    for pid in pids:
+        with contextlib.suppress(psutil.Error, OSError):
+            for connection in psutil.Process(pid).net_connections("tcp"):
+                if connection.raddr and connection.raddr.port == port:
+                    return True
+    return False

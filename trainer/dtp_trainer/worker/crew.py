@@ -19,10 +19,11 @@ import psutil
 from dtp_trainer.gang import blame
 from dtp_trainer.gang.messages import Effort, RankExited, Start
 from dtp_trainer.inspection import Ask
-from dtp_trainer.ranks.launcher import RankError, RankLauncher, RankProcess, RankSpec
+from dtp_trainer.ranks.launcher import RankError, RankProcess, RankSpec
 from dtp_trainer.wire import RANKS_FOLDER, Launch, ProcessRecord, Window, encode_object
 from dtp_trainer.worker.evidence import Evidence
 from dtp_trainer.worker.folding import Folder, StepTail
+from dtp_trainer.worker.launching import Launcher, let_go
 from dtp_trainer.worker.lines import TAIL_LINES, Lines, pump
 from dtp_trainer.worker.rank_env import ask_file, job_env, rank_env
 from dtp_trainer.worker.toil import Toil
@@ -51,7 +52,7 @@ class Crew:
         launch: Launch,
         order: Start,
         *,
-        launcher: RankLauncher,
+        launcher: Launcher,
         lines: Lines,
         exited: Callable[[RankExited], None],
         stepped: Callable[[Window], None],
@@ -112,9 +113,11 @@ class Crew:
             await asyncio.gather(*(self._run_rank(rank) for rank in self.numbers))
         finally:
             folding.cancel()
+            at_once = self._killed
             self.kill()
             for process in self._ranks.values():
                 await process.wait()
+            await let_go(self._launcher, at_once=at_once)
             await self._evidence.kept()
         self._fold()
         self._remove_traces()
