@@ -27,6 +27,7 @@ from dtp_trainer.gang import election, links
 from dtp_trainer.gang.candidate import Candidate
 from dtp_trainer.gang.election import Led, Over, Vacant
 from dtp_trainer.gang.member import Member
+from dtp_trainer.gang.recorder import Recorder
 from dtp_trainer.ranks.launcher import RankLauncher
 from dtp_trainer.storage import Storage, StorageError, open_storage
 from dtp_trainer.wire import Env, Exit, ExitCode, Launch
@@ -61,7 +62,10 @@ class Agent:
         self._storage: Storage = open_storage(launch.storage)
         self._member = Member(launch, launcher=launcher, lines=lines)
         self._candidate = Candidate(
-            launch, self._storage, announce=lines.record, complain=self._complain
+            launch,
+            self._storage,
+            record=lambda term: Recorder(launch, self._storage, term=term, lines=lines),
+            complain=self._complain,
         )
         self._working: asyncio.Task[Ending] | None = None
         self._seen: tuple[str | None, float] = (None, steady.now())

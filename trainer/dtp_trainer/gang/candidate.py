@@ -20,9 +20,19 @@ from dtp_trainer.gang.chronicle import continued
 from dtp_trainer.gang.election import Mandate, Sight
 from dtp_trainer.gang.leader import Leader
 from dtp_trainer.gang.office import Office
+from dtp_trainer.gang.recorder import Recorder
 from dtp_trainer.gang.report import inherit
 from dtp_trainer.storage import Conflict, Storage, StorageError
-from dtp_trainer.wire import GANG_KEY, ExitCode, Gang, GangEvent, GangPhase, Launch, encode_object
+from dtp_trainer.wire import (
+    GANG_KEY,
+    Exit,
+    ExitCode,
+    Gang,
+    GangEvent,
+    GangPhase,
+    Launch,
+    encode_object,
+)
 from dtp_trainer.worker import steady
 
 FAILURES_IN_A_ROW = 4
@@ -45,7 +55,7 @@ def pause_s(failures: int) -> float:
 class Candidate:
     """One agent's: stands for election when asked to, and leads when elected.
 
-    announce: called with each event that is to be told. complain: with storage that refuses.
+    record: what keeps the events and beats of a term. complain: called with storage that refuses.
     """
 
     def __init__(
@@ -53,12 +63,14 @@ class Candidate:
         launch: Launch,
         storage: Storage,
         *,
-        announce: Callable[[GangEvent], None],
+        record: Callable[[int], Recorder],
         complain: Callable[[StorageError], None],
     ) -> None:
         self._launch, self._storage = launch, storage
-        self._announce, self._complain = announce, complain
+        self._record, self._complain = record, complain
         self._leading: asyncio.Task[None] | None = None
+        self._closing: set[asyncio.Task[None]] = set()
+        """Of what earlier terms recorded."""
 
     async def campaign(self, sight: Sight, *, unchanged_s: float) -> bool:
         """Try to become leader; True when somebody leads now. `unchanged_s`: for so long
@@ -81,12 +93,13 @@ class Candidate:
         return True
 
     async def retire(self, within_s: float) -> None:
-        """Others may still be reading their dismissal."""
-        if self._leading is None:
-            return
-        await asyncio.wait([self._leading], timeout=within_s)
-        self._leading.cancel()
-        await asyncio.wait([self._leading])
+        """Others may still be reading their dismissal; what was recorded is still being written."""
+        if self._leading is not None:
+            await asyncio.wait([self._leading], timeout=within_s)
+            self._leading.cancel()
+            await asyncio.wait([self._leading])
+        if self._closing and within_s > 0:
+            await asyncio.wait(self._closing)
 
     def _pause_after(self, gang: Gang) -> float:
         return pause_s(gang.leader_errors) if gang.attempt == self._launch.attempt else 0.0
@@ -110,21 +123,29 @@ class Candidate:
         elected: asyncio.Future[Leader],
         server: asyncio.Server,
     ) -> None:
+        recorder, ending = self._record(mandate.term), None
         try:
-            leader = self._leader(previous, mandate)
+            leader = self._leader(previous, mandate, recorder)
             elected.set_result(leader)
             await leader.run(server)
+            ending = leader.ending
         except Exception as error:  # noqa: BLE001 - whatever it is, it must not go on for ever
             elected.cancel()
-            await self._own_up(mandate, error)
+            await self._own_up(mandate, error, recorder)
         finally:
             server.close()
+            self._close(recorder, ending)
 
-    def _leader(self, previous: Gang | None, mandate: Mandate) -> Leader:
+    def _close(self, recorder: Recorder, ending: Exit | None) -> None:
+        closing = asyncio.get_running_loop().create_task(recorder.close(ending))
+        self._closing.add(closing)
+        closing.add_done_callback(self._closing.discard)
+
+    def _leader(self, previous: Gang | None, mandate: Mandate, recorder: Recorder) -> Leader:
         state = inherit(previous, self._launch, steady.now())
         office = Office(self._storage, mandate)
         told = previous.events[-1].seq if previous and previous.events else 0
-        return Leader(self._launch, self._storage, office, state, self._announce, told=told)
+        return Leader(self._launch, self._storage, office, state, recorder, told=told)
 
     async def _open_door(self, elected: asyncio.Future[Leader]) -> asyncio.Server:
         """A server that hands its visitors to the leader, as soon as it is elected."""
@@ -139,7 +160,7 @@ class Candidate:
 
         return await asyncio.start_server(visit, self._launch.host, 0, limit=links.LONGEST_LINE)
 
-    async def _own_up(self, mandate: Mandate, error: Exception) -> None:
+    async def _own_up(self, mandate: Mandate, error: Exception, recorder: Recorder) -> None:
         """Said in one line, counted for all to see; the rest is in a file."""
         why = " ".join(f"{type(error).__name__}: {error}".split())[:300]
         path = Path(self._launch.scratch) / TRACEBACK_FILE
@@ -152,7 +173,7 @@ class Candidate:
             self._complain(trouble)
             return
         if told is not None:
-            self._announce(told)
+            recorder.announce(told)
 
 
 def record_failure(storage: Storage, mandate: Mandate, why: str) -> GangEvent | None:

@@ -8,7 +8,8 @@ from __future__ import annotations
 import asyncio
 import contextlib
 import logging
-from collections.abc import Callable, Coroutine
+import time
+from collections.abc import Coroutine
 from typing import assert_never
 
 from dtp_trainer.checkpoints import heads
@@ -30,6 +31,7 @@ from dtp_trainer.gang.messages import (
 )
 from dtp_trainer.gang.messages import Beat as MemberBeat
 from dtp_trainer.gang.office import Deposed, Office, raise_fence, unseen
+from dtp_trainer.gang.recorder import Recorder
 from dtp_trainer.gang.state import (
     Committed,
     DismissWorker,
@@ -51,7 +53,7 @@ from dtp_trainer.gang.state import (
 )
 from dtp_trainer.gang.wishes import Wishes
 from dtp_trainer.storage import Storage, StorageError
-from dtp_trainer.wire import ExitCode, GangEvent, Launch
+from dtp_trainer.wire import Exit, ExitCode, Launch
 from dtp_trainer.worker import steady
 
 PUBLISH_EVERY_S = 1.0
@@ -78,7 +80,7 @@ def _start_of(order: StartSeat) -> Start:
 class Leader:
     """Leads from `run` until the gang has ended, this worker left, or another leader took over.
 
-    announce: called with each event after number `told`, once.
+    recorder: told of each event after number `told`, once, and of every beat.
     """
 
     def __init__(
@@ -87,12 +89,12 @@ class Leader:
         storage: Storage,
         office: Office,
         state: State,
-        announce: Callable[[GangEvent], None],
+        recorder: Recorder,
         *,
         told: int = 0,
     ) -> None:
         self._launch, self._storage, self._office = launch, storage, office
-        self._announce = announce
+        self._recorder = recorder
         self._state = state
         self._contacts = Contacts(hear=self._hear, lost=lambda worker: self._feed(Lost(worker)))
         self._wishes = Wishes(storage)
@@ -127,6 +129,12 @@ class Leader:
             self._contacts.close()
         if self._failure is not None:
             raise self._failure
+
+    @property
+    def ending(self) -> Exit | None:
+        """How the attempt ended; None while it goes on, with this leader or another one."""
+        outcome, detail = self._state.outcome, self._state.detail
+        return None if outcome is None else Exit(time.time(), self._state.me, outcome, detail)
 
     # ------------------------------------------------------------------------------------- members
 
@@ -165,6 +173,8 @@ class Leader:
                 await self._look_for_checkpoints()
                 self._feed(Said(worker, message))
             case Hello() | Leaving() | RankExited() | MemberBeat():
+                if isinstance(message, MemberBeat):
+                    self._recorder.heard(message)
                 self._feed(Said(worker, message))
             case _:
                 log.warning("worker %d sent a message that is the leader's to send", worker)
@@ -186,7 +196,7 @@ class Leader:
     def _tell_news(self) -> None:
         fresh = [event for event in self._state.chronicle.events if event.seq > self._told]
         for event in fresh:
-            self._announce(event)
+            self._recorder.announce(event)
         if fresh:
             self._told = fresh[-1].seq
             self._news.set()

@@ -191,7 +191,7 @@ class Member:
         first = self._window is None
         self._window = window
         self._lines.record(window)
-        if first:
+        if first or window.rank == 0:  # the leader keeps each window of the job
             self._beat()
 
     async def _watch_for_group(self, crew: Crew) -> None:
