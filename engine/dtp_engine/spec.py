@@ -218,7 +218,7 @@ def _build(values: _Values, folder: Path, stem: str, environ: Mapping[str, str])
     return JobSpec(
         **plain,
         resources=Resources(**resources),
-        training=Options(**training),
+        training=_options(values, training),
         training_given=tuple(sorted(training)),
         checkpoint=CheckpointPolicy(**_checkpoint(values)),
         retry=RetryPolicy(**_section(values, "retry")),
@@ -229,6 +229,15 @@ def _build(values: _Values, folder: Path, stem: str, environ: Mapping[str, str])
 def _section(values: _Values, name: str) -> dict[str, Any]:
     start = f"{name}."
     return {p.removeprefix(start): f.value for p, f in values.items() if p.startswith(start)}
+
+
+def _options(values: _Values, training: Mapping[str, Any]) -> Options:
+    """Options that do not go together are told at the line of the one that is named first."""
+    try:
+        return Options(**training)
+    except ValueError as error:
+        name, _, problem = str(error).partition(": ")
+        raise wrong(values[f"training.{name}"].tree, f"training.{name}", problem) from None
 
 
 def _checkpoint(values: _Values) -> dict[str, Any]:

@@ -103,6 +103,11 @@ class Options:
                 f"non_finite: {self.non_finite} cannot undo what comm_hook: powersgd remembers of "
                 "gradients; use stop"
             )
+        if self.comm_hook is CommHook.POWERSGD and self.precision is Precision.FP16:
+            raise ValueError(
+                "comm_hook: powersgd does not go with precision: fp16: what it remembers of a step "
+                "that overflowed would spoil all later ones; use bf16"
+            )
 
     def to_dict(self) -> dict[str, Any]:
         """Only what differs from the defaults."""

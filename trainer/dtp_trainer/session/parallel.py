@@ -18,7 +18,7 @@ from torch.futures import Future
 from torch.nn.parallel import DistributedDataParallel
 from torch.optim import SGD, Adam, AdamW, Optimizer
 
-from dtp_trainer.options import CommHook, Compile, NonFinite, Options, Precision, Shard
+from dtp_trainer.options import CommHook, Compile, Options, Shard
 from dtp_trainer.session.distributed import World
 from dtp_trainer.session.powersgd import Errors, PowerSGD
 from dtp_trainer.session.recompute import recompute_blocks
@@ -32,7 +32,6 @@ _SETTLED_WITH = {"bucket_cap_mb", "gradient_as_bucket_view", "device_ids"}
 def prepare(model: nn.Module, optimizer: Optimizer, options: Options, device: torch.device) -> None:
     """What is done before the model moves to its device. Ends the script with one line where an
     option cannot do what it says."""
-    _check_together(options)
     if options.compile is not Compile.OFF:
         _check_compiler(device)
     if options.channels_last:
@@ -209,23 +208,3 @@ def _fuse(optimizer: Optimizer) -> None:
 def _set_fused(groups: list[dict[str, Any]]) -> None:
     for group in groups:
         group.update(fused=True, foreach=False)
-
-
-def _check_together(options: Options) -> None:
-    """Raises for options that would work against each other."""
-    plain = Options()
-    if options.shard is Shard.EVERYTHING:
-        names = ("bucket_mb", "static_graph", "gradient_as_bucket_view", "comm_hook")
-        for name in names:
-            if getattr(options, name) != getattr(plain, name):
-                raise SessionError(
-                    f"training.{name} is of DDP; with shard: everything FSDP sends the gradients"
-                )
-    if options.comm_hook is not CommHook.POWERSGD:
-        return
-    if options.precision is Precision.FP16 or options.non_finite is NonFinite.SKIP:
-        what = "precision: fp16" if options.precision is Precision.FP16 else "non_finite: skip"
-        raise SessionError(
-            f"training.comm_hook: powersgd does not go with {what}: what it keeps of a step that "
-            "overflowed would spoil all later ones"
-        )
