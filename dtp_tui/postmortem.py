@@ -22,7 +22,10 @@ LINES = 50
 FRAMES = 5
 _FRAME = re.compile(r'\s+File "(?P<file>.*)", line (?P<line>\d+) in (?P<name>.+)')
 _PACKAGES = re.compile(r".*/(site|dist)-packages/")
-_CAUSE = re.compile(r"(?:failed|did not begin): (.*?)(?:; (?:next try|all \d+|the only).*)?$")
+_CAUSE = re.compile(
+    r"(?:failed|did not begin|same failure at step \d+): "
+    r"(.*?)(?:; (?:next try|all \d+|the only).*)?$"
+)
 _SHORTEST_CAUSE = 12
 """Characters; a shorter one, such as "exit code 3", is no burden twice."""
 

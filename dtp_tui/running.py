@@ -13,6 +13,7 @@ from dtp_tui import labels
 from dtp_tui.attach import Detached, Face, follow
 from dtp_tui.faces import JsonFace, PlainFace
 from dtp_tui.output import Exit, Output, exit_code_of, note
+from dtp_tui.rehearsing import is_rehearsal, warned
 
 
 class Run:
@@ -31,7 +32,8 @@ class Run:
         if detach:
             return Exit.SUCCEEDED
         face = self._face()
-        ended = await follow(self._engine, job.id, face)
+        async with warned(self._engine, job):
+            ended = await follow(self._engine, job.id, face)
         await self._result(ended.id, face.progress.values)
         return exit_code_of(ended)
 
@@ -74,6 +76,8 @@ class Run:
             return
         for line in summary(self._out, view, values):
             self._out.say(line)
+        if is_rehearsal(view.job.spec) and view.job.reason is Reason.NO_STEPS:
+            note("dtp: the script took no step of a Session, so --steps could not end it")
 
 
 def result_record(view: JobView, values: Mapping[str, float]) -> dict[str, Any]:

@@ -13,7 +13,7 @@ if TYPE_CHECKING:
     from dtp_engine.jobs import JobSpec
 
 
-def command(
+def command(  # noqa: PLR0913 - one parameter an option
     file: Annotated[
         Path,
         typer.Argument(metavar="FILE", help="The job file; - reads it from stdin."),
@@ -26,6 +26,28 @@ def command(
         bool, typer.Option("--headless", help="Plain lines instead of a progress bar.")
     ] = False,
     json_lines: JsonOption = False,
+    debug: Annotated[
+        bool,
+        typer.Option(
+            "--debug",
+            help="Rank 0 in this terminal under a debugger; no job comes to be, nothing is kept.",
+        ),
+    ] = False,
+    nproc: Annotated[
+        int | None,
+        typer.Option(
+            metavar="N", min=1, help="One worker with N ranks, for a try.", show_default=False
+        ),
+    ] = None,
+    steps: Annotated[
+        int | None,
+        typer.Option(
+            metavar="N",
+            min=1,
+            help="End well after N steps of the Session, with nothing kept.",
+            show_default=False,
+        ),
+    ] = None,
     dry_run: Annotated[
         bool, typer.Option("--dry-run", help="Print the plan and start nothing.")
     ] = False,
@@ -63,12 +85,34 @@ def command(
     """
     from dtp_engine.spec import read_spec
 
+    if debug:
+        _check_debuggable(file, alone=not (detach or headless or json_lines or dry_run))
     spec = read_spec(file, overrides=overrides or (), name=name)
+    if nproc or steps:
+        from dtp_tui.rehearsing import rehearsed
+
+        spec = rehearsed(spec, nproc=nproc, steps=steps)
+    if debug:
+        from dtp_tui.debugging import debug as debug_in_terminal
+
+        debug_in_terminal(spec)
     raise typer.Exit(
         _plan(spec, json_lines=json_lines)
         if dry_run
         else _run(spec, idempotency_key, detach=detach, headless=headless, json_lines=json_lines)
     )
+
+
+def _check_debuggable(file: Path, *, alone: bool) -> None:
+    """Raises `UsageError`."""
+    from dtp_engine.errors import UsageError
+    from dtp_tui.debugging import check_terminal
+
+    if not alone:
+        raise UsageError("--debug is for a terminal: it goes with no other way to show a job")
+    if str(file) == "-":
+        raise UsageError("--debug needs the terminal for the debugger: give the job file by name")
+    check_terminal()
 
 
 def _plan(spec: JobSpec, *, json_lines: bool) -> int:

@@ -188,10 +188,11 @@ def _set_openblas_threads(threads: int) -> None:
 # --------------------------------------------------------------------------------------- the run
 
 
-def run(program: Program) -> Ending:
+def run(program: Program, *, examine: Callable[[TracebackType], None] | None = None) -> Ending:
     """Run a prepared program to its end: its threads joined, its `atexit` done, its output flushed.
-    Uncaught exceptions are printed and left in TORCHELASTIC_ERROR_FILE as torchrun's ranks do."""
-    ending = _guarded(lambda: _execute(program))
+    Uncaught exceptions are printed and left in TORCHELASTIC_ERROR_FILE as torchrun's ranks do;
+    `examine` is given where they came from, before anything is taken down."""
+    ending = _guarded(lambda: _execute(program), examine)
     _guarded(threading._shutdown)  # type: ignore[attr-defined] # noqa: SLF001 - as Python ends
     atexit._run_exitfuncs()  # noqa: SLF001
     flushed = _flush()
@@ -220,7 +221,9 @@ class _CannotOpen(Exception):
     """The script itself; already said on stderr."""
 
 
-def _guarded(call: Callable[[], object]) -> Ending:
+def _guarded(
+    call: Callable[[], object], examine: Callable[[TracebackType], None] | None = None
+) -> Ending:
     try:
         call()
     except SystemExit as leaving:
@@ -228,7 +231,10 @@ def _guarded(call: Callable[[], object]) -> Ending:
     except _CannotOpen as error:
         return Ending(2, str(error))
     except BaseException as error:  # noqa: BLE001 - the outermost frame of a program
-        return _failed(error)
+        ending = _failed(error)
+        if examine is not None and error.__traceback__ is not None:
+            examine(error.__traceback__)
+        return ending
     return Ending(0, None)
 
 
