@@ -15,6 +15,7 @@ from typing import assert_never
 from dtp_trainer.checkpoints import heads
 from dtp_trainer.gang import links
 from dtp_trainer.gang import rules as gang
+from dtp_trainer.gang.auditor import auditing
 from dtp_trainer.gang.contacts import Contacts
 from dtp_trainer.gang.messages import (
     AskPort,
@@ -118,7 +119,8 @@ class Leader:
         self._spawn(self._contacts.keep())
         self._set_timer()
         try:
-            await self._over.wait()
+            with auditing(self._storage, self._feed):
+                await self._over.wait()
         finally:
             server.close()
             if self._timer:
