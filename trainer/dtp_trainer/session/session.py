@@ -24,11 +24,12 @@ from torch import Tensor, nn
 from torch.optim import Optimizer
 
 from dtp_trainer.checkpoints.checkpoint import LoadedCheckpoint
-from dtp_trainer.options import Options, of_job
+from dtp_trainer.options import Options, Precision, of_job
 from dtp_trainer.sampler import Lanes, SamplerError
 from dtp_trainer.session import course, parallel
 from dtp_trainer.session.agreement import Decision, Leave
 from dtp_trainer.session.distributed import join
+from dtp_trainer.session.efficiency import Efficiency
 from dtp_trainer.session.feed import Feed
 from dtp_trainer.session.keeper import Kept, Snapshot, open_keeper
 from dtp_trainer.session.loader import Collate, Dataset
@@ -101,6 +102,7 @@ class Session:
             self._leave_if_asked()
         self._watch = Phases(self.device)
         self._watch.follow_optimizer(optimizer)
+        self._efficiency = Efficiency(self.device, self.world_size, self.options)
         self._first_step = self.global_step + 1
 
     @property
@@ -212,12 +214,30 @@ class Session:
         if self.global_step == self._first_step:
             self._world.wait_briefly()
         position = self._position(samples, tokens)
-        self._telemetry.step(position, self._watch.lap())
+        seconds = self._watch.lap()
+        self._telemetry.keep(self._efficiency.ended(position, seconds["step"]))
+        self._telemetry.step(position, seconds)
         self._profiling.end_of_step(self.global_step)
         if decision.leave is not Leave.NO:
             self._leave(decision.leave)
         if self._rehearsal.over(position):
             self._end_early(self._rehearsal.summary(position))
+
+    def flops(
+        self,
+        *,
+        per_sample: float | None = None,
+        per_token: float | None = None,
+        precision: Precision | None = None,
+    ) -> None:
+        """Report ``tflops`` (a second and device) and, where the GPU's peak is known, ``mfu``.
+
+        Call it once, before the loop, with the operations that the model needs forward and
+        backward; for a transformer about 6 times its parameters a token. Without a number those of
+        one step are counted, which takes that step several times as long. `precision`: of a script
+        that does its own autocast.
+        """
+        self._efficiency.expect(per_sample, per_token, precision)
 
     def log(self, **values: Value) -> None:
         """Report with the next step; after the last one, with `finish`."""
