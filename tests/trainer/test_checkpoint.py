@@ -6,6 +6,7 @@ import json
 import logging
 import random
 import re
+import resource
 from collections.abc import Callable
 from pathlib import Path
 from typing import Any
@@ -421,6 +422,28 @@ def test_a_rank_that_fails_is_named_at_once(store: FileStorage) -> None:
     (folder / "rank-00001-of-00002.safetensors").rmdir()
     assert save(ranks, training, 1).outcome is Outcome.COMMITTED
     verify(store, checkpoint_name(1, 1))
+
+
+def test_a_file_that_may_not_grow_fails_the_save_only(store: FileStorage) -> None:
+    """Where the system cuts a file short, as a quota does, the save fails with the reason, nothing
+    half written is taken for a checkpoint, and the next one that fits is committed."""
+    [checkpointer] = checkpointers(store, 1)
+    save([checkpointer], Training(), 1)
+    soft, hard = resource.getrlimit(resource.RLIMIT_FSIZE)
+    resource.setrlimit(resource.RLIMIT_FSIZE, (4000, hard))
+    try:
+        report = save([checkpointer], Training(), 2)
+    finally:
+        resource.setrlimit(resource.RLIMIT_FSIZE, (soft, hard))
+    assert report.outcome is Outcome.FAILED
+    assert report.error
+    assert "the file is larger than this process or file system allows" in report.error
+    loaded = load_newest(store)
+    assert loaded
+    assert loaded.step == 1
+    assert save([checkpointer], Training(), 3).outcome is Outcome.COMMITTED
+    checkpointer.close()
+    assert folders(store) == {checkpoint_name(1, 1), checkpoint_name(3, 1)}
 
 
 def test_a_full_disk_fails_the_save_and_keeps_the_one_before(small_disk: Path) -> None:

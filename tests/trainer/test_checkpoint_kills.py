@@ -15,7 +15,7 @@ import pytest
 
 from dtp_trainer.checkpoints import heads
 from dtp_trainer.checkpoints.checkpoint import load_newest
-from dtp_trainer.storage import FileStorage
+from dtp_trainer.storage import FileStorage, Storage
 
 AT_MOST_BYTES = 6 * 3_000_000
 """Two kept, one being written, one being given up, two half written when the last kill came."""
@@ -26,9 +26,10 @@ SCRIPT = Path(__file__).with_name("scripts") / "save_until_killed.py"
 class Savers:
     """Starts savers one after the other, kills each, and remembers what it had committed."""
 
-    def __init__(self, folder: Path) -> None:
+    def __init__(self, storage: Storage) -> None:
+        self.storage = storage
         self.process = subprocess.Popen(
-            [sys.executable, "-P", str(SCRIPT), str(folder)],
+            [sys.executable, "-P", str(SCRIPT), storage.uri],
             stdin=subprocess.PIPE,
             stdout=subprocess.PIPE,
             text=True,
@@ -70,19 +71,20 @@ class Savers:
         self.process.stdout.close()
 
 
-@pytest.fixture
-def savers(tmp_path: Path) -> Iterator[Savers]:
-    started = Savers(tmp_path)
+@pytest.fixture(params=["files", pytest.param("s3", marks=pytest.mark.slow)])
+def savers(request: pytest.FixtureRequest, tmp_path: Path) -> Iterator[Savers]:
+    in_s3 = request.param == "s3"
+    started = Savers(request.getfixturevalue("s3") if in_s3 else FileStorage(tmp_path))
     yield started
     started.close()
 
 
-def kill_and_load(savers: Savers, folder: Path, kills: int) -> None:
-    storage, moments = FileStorage(folder), random.Random(kills)
+def kill_and_load(savers: Savers, kills: int) -> None:
+    storage, moments = savers.storage, random.Random(kills)
     reached = 0
     for number in range(kills):
         generation = heads.raise_generation(storage).generation
-        savers.run_and_kill(generation, commits=number % 2, after_s=moments.uniform(0, 0.2))
+        savers.run_and_kill(generation, commits=number % 2, after_s=moments.uniform(0, 0.12))
         loaded = load_newest(storage, world_size=2, on_damage=pytest.fail)
         if loaded is None:
             assert savers.committed == 0
@@ -95,16 +97,19 @@ def kill_and_load(savers: Savers, folder: Path, kills: int) -> None:
         reached = loaded.step
     assert reached > 0
     savers.run_and_kill(heads.raise_generation(storage).generation, commits=2)
-    files = [path for path in folder.rglob("*") if path.is_file()]
-    assert sum(path.stat().st_size for path in files) < AT_MOST_BYTES
+    assert sum(entry.bytes for entry in storage.list()) < AT_MOST_BYTES
+    if isinstance(storage, FileStorage):
+        files = [path for path in storage.root.rglob("*") if path.is_file()]
+        assert sum(path.stat().st_size for path in files) < AT_MOST_BYTES
 
 
-def test_eight_kills_at_random_moments(savers: Savers, tmp_path: Path) -> None:
+def test_eight_kills_at_random_moments(savers: Savers) -> None:
     """After each of 8 kills in the middle of saving, the newest checkpoint is whole and newest."""
-    kill_and_load(savers, tmp_path, 8)
+    kill_and_load(savers, 8)
 
 
 @pytest.mark.slow
-def test_fifty_kills_at_random_moments(savers: Savers, tmp_path: Path) -> None:
-    """After each of 50 kills in the middle of saving, the newest checkpoint is whole and newest."""
-    kill_and_load(savers, tmp_path, 50)
+@pytest.mark.parametrize("savers", ["files"], indirect=True)
+def test_a_hundred_kills_at_random_moments(savers: Savers) -> None:
+    """After each of 100 kills while it saves, the newest checkpoint is whole and newest."""
+    kill_and_load(savers, 100)

@@ -1,4 +1,4 @@
-"""A warm process that forks savers: ``save_until_killed.py FOLDER``, a generation a line on stdin.
+"""A warm process that forks savers: ``save_until_killed.py URI``, a generation a line on stdin.
 
 Each saver is two ranks in one process. It goes on from the newest checkpoint and saves every step
 until it is killed, saying ``committed STEP``; its parent says ``saver PID`` and ``dead``.
@@ -8,7 +8,6 @@ from __future__ import annotations
 
 import os
 import sys
-from pathlib import Path
 
 import torch
 
@@ -21,7 +20,7 @@ from dtp_trainer.checkpoints.checkpoint import (
 )
 from dtp_trainer.checkpoints.heads import Retention
 from dtp_trainer.checkpoints.pieces import Piece
-from dtp_trainer.storage import FileStorage
+from dtp_trainer.storage import open_storage
 
 ELEMENTS, PIECE_ELEMENTS = 300_000, 50_000
 
@@ -43,8 +42,8 @@ def bundle(step: int, rank: int) -> StateBundle:
     return StateBundle({**shared, "step": step}, {"step": torch.tensor(step), "rank": rank})
 
 
-def save_for_ever(folder: Path, generation: int) -> None:
-    storage = FileStorage(folder)
+def save_for_ever(uri: str, generation: int) -> None:
+    storage = open_storage(uri)
     loaded = load_newest(storage, world_size=2)
     step = loaded.step if loaded else 0
     ranks = [
@@ -71,7 +70,7 @@ def main() -> None:
     for line in sys.stdin:
         pid = os.fork()
         if pid == 0:
-            save_for_ever(Path(sys.argv[1]), int(line))
+            save_for_ever(sys.argv[1], int(line))
         say(f"saver {pid}")
         os.waitpid(pid, 0)
         say("dead")
