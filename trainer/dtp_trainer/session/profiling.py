@@ -72,9 +72,13 @@ class Profiling:
         self._ask = None
         if self._writing is not None:
             self._writing.join()
+        if torch._C._autograd._profiler_enabled():  # noqa: SLF001 - ours would end it
+            why = "the script's own profiler runs"
+            self._answer(Profiled(ask.id, self._rank, error=why))
+            return
         try:
             self._window = _Window(ask, self._rank, step)
-        except Exception as error:  # noqa: BLE001 - torch's profiler, or another one that runs
+        except Exception as error:  # noqa: BLE001 - whatever torch's profiler has
             self._answer(Profiled(ask.id, self._rank, error=_one_line(error)))
 
     def _advance(self, window: _Window, step: int) -> None:
