@@ -17,7 +17,7 @@ from dtp_trainer.checkpoints import heads, manifest
 from dtp_trainer.checkpoints.checkpoint import Checkpointer, Outcome, SaveReport, StateBundle, load
 from dtp_trainer.checkpoints.heads import Retention
 from dtp_trainer.checkpoints.manifest import DamagedCheckpoint
-from dtp_trainer.checkpoints.pieces import Piece
+from dtp_trainer.checkpoints.pieces import Part, Piece
 from dtp_trainer.checkpoints.tree import UnsupportedState, flatten
 from dtp_trainer.storage import FileStorage
 from dtp_trainer.wire import checkpoint_name
@@ -125,6 +125,47 @@ def test_what_is_written_is_what_is_held(shape: list[int], world: int) -> None:
         held += sum(t.numel() for t in pieces.values())
         structures.add(json.dumps(structure))
     assert (held, len(structures)) == (whole.numel(), 1)
+
+
+@pytest.mark.parametrize(("wrote", "reads"), [(1, 3), (2, 3), (3, 2), (3, 1), (8, 2)])
+def test_a_reader_gets_the_rows_that_it_wants(store: FileStorage, wrote: int, reads: int) -> None:
+    """Each of several readers loads its own rows only, of what was written in pieces as of what was
+    whole, and together they have all."""
+    save(store, 1, wrote)
+    wholes = tensors(1) | {"same": torch.arange(4.0)}
+    found: dict[str, list[Tensor]] = {name: [] for name in wholes}
+    for rank in range(reads):
+        loaded = load(store, checkpoint_name(1, 1), part=rows_of(rank, reads)).shared
+        for name, parts in found.items():
+            value = loaded["same"] if name == "same" else loaded["parts"][name]
+            if isinstance(value, Piece):
+                assert value.shape == tuple(wholes[name].shape)
+                parts.extend([] if value.data is None else [value.data])
+            else:
+                assert reads == 1 or not value.dim() or value.shape[0] <= 1
+                parts.append(value)
+    for name, parts in found.items():
+        whole = torch.cat(parts) if wholes[name].dim() else parts[0]
+        assert torch.equal(whole.reshape(wholes[name].shape), wholes[name])
+
+
+def rows_of(rank: int, world: int) -> Part:
+    def wanted(_: str, shape: tuple[int, ...]) -> tuple[int, int] | None:
+        chunk = -(-shape[0] // world) if shape else 0
+        return (min(rank * chunk, shape[0]), min((rank + 1) * chunk, shape[0])) if shape else None
+
+    return wanted
+
+
+def test_a_damaged_row_that_nobody_wants_is_found_too(store: FileStorage) -> None:
+    """A reader that wants nothing of a file still sees that it was changed."""
+    save(store, 1, 3)
+    path = files(store, 1)[2]
+    data = bytearray(path.read_bytes())
+    data[-1] ^= 1
+    path.write_bytes(data)
+    with pytest.raises(DamagedCheckpoint, match=r"rank-00002-of-00003\.safetensors has sha256"):
+        load(store, checkpoint_name(1, 1), part=lambda *_: (0, 0))
 
 
 def test_a_file_of_pieces_is_ordinary(store: FileStorage) -> None:

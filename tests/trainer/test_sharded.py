@@ -147,6 +147,7 @@ async def test_a_rank_holds_its_part_of_the_state(
     assert max(weights for _, weights in held["everything"]) < 0.45 * weights
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("shard", SHARDS)
 async def test_pauses_leave_every_loss_as_it_was(
     tmp_path: Path, launcher: RankLauncher, shard: str
@@ -161,6 +162,7 @@ async def test_pauses_leave_every_loss_as_it_was(
     assert job.losses() == calm.losses()
 
 
+@pytest.mark.slow
 async def test_a_job_goes_on_with_any_sharding_on_any_number_of_ranks(
     tmp_path: Path, launcher: RankLauncher
 ) -> None:
@@ -181,6 +183,7 @@ async def test_a_job_goes_on_with_any_sharding_on_any_number_of_ranks(
     assert all(torch.allclose(weights[0][name], weights[1][name], atol=1e-3) for name in weights[0])
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("shard", SHARDS)
 async def test_sharding_goes_with_parts_and_clipping(
     tmp_path: Path, launcher: RankLauncher, shard: str

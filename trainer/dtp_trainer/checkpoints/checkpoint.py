@@ -22,7 +22,7 @@ from dtp_trainer.checkpoints import heads, manifest, tensorfile
 from dtp_trainer.checkpoints.commit import Committer, Gathering, note_key
 from dtp_trainer.checkpoints.heads import Fenced, Retention
 from dtp_trainer.checkpoints.manifest import DamagedCheckpoint, Manifest, Share, share_file
-from dtp_trainer.checkpoints.pieces import Assembly, MissingPiece
+from dtp_trainer.checkpoints.pieces import Assembly, MissingPiece, Part, Piece, part_of
 from dtp_trainer.checkpoints.tensorfile import Malformed, Staging
 from dtp_trainer.checkpoints.tree import (
     Json,
@@ -362,6 +362,7 @@ def load_newest(
     *,
     rank: int = 0,
     world_size: int = 1,
+    part: Part | None = None,
     on_damage: Callable[[str], None] | None = None,
 ) -> LoadedCheckpoint | None:
     """The resume point, or the newest one before it that is whole; None when there is none.
@@ -378,7 +379,7 @@ def load_newest(
     damage: list[str] = []
     for number, entry in enumerate(entries, start=1):
         try:
-            loaded = load(storage, entry.name, rank=rank, world_size=world_size)
+            loaded = load(storage, entry.name, rank=rank, world_size=world_size, part=part)
         except DamagedCheckpoint as error:
             damage.append(str(error))
             instead = f"; trying {entries[number].name} instead" if number < len(entries) else ""
@@ -398,21 +399,30 @@ def load_newest(
     return None
 
 
-def load(storage: Storage, name: str, *, rank: int = 0, world_size: int = 1) -> LoadedCheckpoint:
+def load(
+    storage: Storage, name: str, *, rank: int = 0, world_size: int = 1, part: Part | None = None
+) -> LoadedCheckpoint:
     """The checkpoint of that name, at any world size.
+
+    Shared tensors of which `part` wants but some rows come as a `Piece`: beside these rows, no more
+    than the file of one rank is in memory at a time. Every hash is verified all the same.
 
     Raises:
         DamagedCheckpoint: a file is missing, cut short or changed; the message says which.
     """
     whole = manifest.read_manifest(storage, name)
-    shared: Tensors = {}
+    shared: dict[str, torch.Tensor | Piece] = {}
     own: Tensors = {}
-    pieces = _assembly(whole)
+    pieces = _assembly(whole, part)
     for share in whole.shares:
-        tensors = _read_share(storage, name, share, pieces)
         mine = share.rank == rank and whole.world_size == world_size
-        shared |= {n: t for n, t in tensors.items() if not _is_own(n) and not pieces.has(n)}
-        own |= {n: t for n, t in tensors.items() if mine and _is_own(n)}
+        for key, tensor in _read_share(storage, name, share, pieces).items():
+            if _is_own(key):
+                own |= {key: tensor} if mine else {}
+            elif pieces.has(key):
+                pieces.take(key, tensor)
+            else:
+                shared[key] = part_of(key, tensor, part)
     structures = {s.rank: s.own for s in whole.shares if whole.world_size == world_size}
     try:
         return LoadedCheckpoint(
@@ -430,9 +440,9 @@ def load(storage: Storage, name: str, *, rank: int = 0, world_size: int = 1) -> 
         raise DamagedCheckpoint(f"{name}: its files do not fit its manifest: {error!r}") from None
 
 
-def _assembly(whole: Manifest) -> Assembly:
+def _assembly(whole: Manifest, part: Part | None) -> Assembly:
     try:
-        return Assembly(pieces_in(whole.state))
+        return Assembly(pieces_in(whole.state), part)
     except (KeyError, TypeError) as error:
         raise DamagedCheckpoint(f"{whole.name}: its manifest makes no sense: {error!r}") from None
 

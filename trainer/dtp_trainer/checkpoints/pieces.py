@@ -8,8 +8,9 @@ from __future__ import annotations
 
 import math
 import re
-from collections.abc import Mapping
+from collections.abc import Callable, Mapping
 from dataclasses import dataclass
+from typing import TypeAlias
 
 import torch
 
@@ -54,6 +55,11 @@ class Whole:
         return math.prod(self.shape[1:]) * self.dtype.itemsize
 
 
+Part: TypeAlias = Callable[[str, tuple[int, ...]], tuple[int, int] | None]
+"""Which rows, from the first to before the last, a reader wants of the tensor of that name (as it
+is in the files) and of that shape; None: all of it. No rows are wanted from 0 to 0."""
+
+
 class MissingPiece(ValueError):
     """Rows that no file has, or that two have; the message names the tensor."""
 
@@ -71,11 +77,12 @@ def is_piece_name(name: str) -> bool:
 
 
 class Assembly:
-    """Whole tensors, filled in place while the files of all ranks are read."""
+    """Tensors filled in place while the files of all ranks are read: whole, or a reader's part."""
 
-    def __init__(self, wanted: Mapping[str, Whole]) -> None:
+    def __init__(self, wanted: Mapping[str, Whole], part: Part | None = None) -> None:
         """`wanted` by name, as `tree.pieces_in` finds them."""
         self._wanted = wanted
+        self._kept = {name: _rows(name, whole, part) for name, whole in wanted.items()}
         self._tensors: dict[str, torch.Tensor] = {}
         self._filled: dict[str, list[tuple[int, int]]] = {name: [] for name in wanted}
 
@@ -84,7 +91,8 @@ class Assembly:
         return self._place(name) is not None
 
     def room(self, span: Span) -> torch.Tensor:
-        """Memory of bytes for a tensor of a file: a part of its whole, when it is a piece.
+        """Memory of bytes for a tensor of a file: where it belongs, when it is a piece that is
+        wanted from end to end.
 
         Raises:
             Malformed: it does not fit into its whole.
@@ -99,11 +107,23 @@ class Assembly:
         if not fits or span.dtype is not whole.dtype or stop > whole.rows:
             raise Malformed(f"has a piece {span.name} that does not fit its whole")
         self._filled[name].append((start, stop))
+        first, last = self._kept[name]
+        if not first <= start <= stop <= last:
+            return own_room(span)
         memory = self._tensor(name).reshape(-1).view(torch.uint8)
-        return memory[start * whole.row_bytes : stop * whole.row_bytes]
+        return memory[(start - first) * whole.row_bytes : (stop - first) * whole.row_bytes]
 
-    def tensors(self) -> dict[str, torch.Tensor]:
-        """All of them, whole.
+    def take(self, name: str, piece: torch.Tensor) -> None:
+        """What was read of a piece: the rows that are wanted, where `room` gave it no place."""
+        whole, start = self._place(name) or (name, 0)
+        first, last = self._kept[whole]
+        stop = start + (len(piece) if piece.dim() else 1)
+        low, high = max(first, start), min(last, stop)
+        if low < high and (low, high) != (start, stop):
+            self._tensor(whole)[low - first : high - first] = piece[low - start : high - start]
+
+    def tensors(self) -> dict[str, torch.Tensor | Piece]:
+        """All of them, whole; a `Piece` where only a part was wanted.
 
         Raises:
             MissingPiece: rows were in none of the files that were read, or in two.
@@ -111,7 +131,14 @@ class Assembly:
         for name, whole in self._wanted.items():
             if math.prod(whole.shape):
                 _check(name, whole, sorted(self._filled[name]))
-        return {name: self._tensor(name) for name in self._wanted}
+        return {name: self._result(name) for name in self._wanted}
+
+    def _result(self, name: str) -> torch.Tensor | Piece:
+        whole, (first, last) = self._wanted[name], self._kept[name]
+        if (first, last) == (0, whole.rows):
+            return self._tensor(name)
+        data = self._tensor(name) if first < last else None
+        return Piece(whole.shape, whole.dtype, first, data)
 
     def _place(self, name: str) -> tuple[str, int] | None:
         found = _PIECE.fullmatch(name)
@@ -120,10 +147,27 @@ class Assembly:
         return found[1], int(found[2])
 
     def _tensor(self, name: str) -> torch.Tensor:
+        """The rows that are kept."""
         if name not in self._tensors:
-            whole = self._wanted[name]
-            self._tensors[name] = torch.empty(whole.shape, dtype=whole.dtype)
+            whole, (first, last) = self._wanted[name], self._kept[name]
+            shape = (last - first, *whole.shape[1:]) if whole.shape else ()
+            self._tensors[name] = torch.empty(shape, dtype=whole.dtype)
         return self._tensors[name]
+
+
+def part_of(name: str, tensor: torch.Tensor, part: Part | None) -> torch.Tensor | Piece:
+    """What is wanted of a tensor that a file has whole, in memory of its own."""
+    whole = Whole(tuple(tensor.shape), tensor.dtype)
+    first, last = _rows(name, whole, part)
+    if (first, last) == (0, whole.rows):
+        return tensor
+    data = tensor[first:last].clone() if first < last else None
+    return Piece(whole.shape, whole.dtype, first, data)
+
+
+def _rows(name: str, whole: Whole, part: Part | None) -> tuple[int, int]:
+    wanted = part(name, whole.shape) if part else None
+    return (0, whole.rows) if wanted is None else wanted
 
 
 def _check(name: str, whole: Whole, filled: list[tuple[int, int]]) -> None:

@@ -48,8 +48,8 @@ def flatten(tree: Any, root: str, pieces: Tensors | None = None) -> tuple[Tensor
     return flat.tensors, structure
 
 
-def unflatten(structure: Json, tensors: Mapping[str, torch.Tensor]) -> Any:
-    """The tree of which `flatten` made `structure` and `tensors`.
+def unflatten(structure: Json, tensors: Mapping[str, torch.Tensor | Piece]) -> Any:
+    """The tree of which `flatten` made `structure` and `tensors`; a `Piece` stays one.
 
     Raises:
         ValueError, KeyError, TypeError: `structure` is not one, or a tensor is missing.
@@ -105,14 +105,14 @@ class _Flattening:
 
 @dataclass(slots=True)
 class _Unflattening:
-    tensors: Mapping[str, torch.Tensor]
+    tensors: Mapping[str, torch.Tensor | Piece]
     strided: dict[str, torch.Tensor] = field(default_factory=dict)
 
-    def tensor(self, name: str, value: Mapping[str, Json]) -> torch.Tensor:
-        if "stride" not in value:
-            return self.tensors[name]
+    def tensor(self, name: str, value: Mapping[str, Json]) -> torch.Tensor | Piece:
+        source = self.tensors[name]
+        if "stride" not in value or isinstance(source, Piece):
+            return source
         if name not in self.strided:
-            source = self.tensors[name]
             self.strided[name] = torch.empty_strided(
                 source.shape, value["stride"], dtype=source.dtype
             ).copy_(source)

@@ -13,12 +13,13 @@ from torch.distributed.fsdp import MixedPrecisionPolicy, fully_shard
 from torch.distributed.tensor import DTensor, Shard
 from torch.optim import Optimizer
 
-from dtp_trainer.checkpoints.pieces import Piece
+from dtp_trainer.checkpoints.pieces import Part, Piece
 from dtp_trainer.checkpoints.tree import UnsupportedState
 from dtp_trainer.options import Options, Precision
 from dtp_trainer.session.blocks import repeated_blocks
 from dtp_trainer.session.distributed import World
-from dtp_trainer.session.sharded import mapped
+from dtp_trainer.session.sharded import mapped, parameter_of
+from dtp_trainer.session.state import Sharded
 from dtp_trainer.session.stop import SessionError
 
 _REDUCED = {
@@ -29,9 +30,7 @@ _REDUCED = {
 """Weights travel and compute in the lower precision; their gradients are summed in fp32."""
 
 
-def cut(
-    model: nn.Module, optimizer: Optimizer, options: Options, world: World
-) -> tuple[CutModel, CutOptimizer]:
+def cut(model: nn.Module, optimizer: Optimizer, options: Options, world: World) -> Sharded:
     """Replace the parameters of `model` by this rank's rows of them, in the optimizer too.
 
     Each repeated block is gathered by itself when its turn comes, the rest with the whole model.
@@ -50,7 +49,7 @@ def cut(
     _adopt(optimizer, before, dict(model.named_parameters(remove_duplicate=False)))
     if any(True for _ in model.buffers()):
         model.register_forward_pre_hook(_follow_first)
-    return CutModel(model), CutOptimizer(optimizer)
+    return Sharded(CutModel(model), CutOptimizer(optimizer), _part(model, optimizer))
 
 
 class CutModel:
@@ -165,19 +164,37 @@ def _held(tensor: Any) -> Tensor:
     return local
 
 
+def _part(model: nn.Module, optimizer: Optimizer) -> Part:
+    """The rows that this rank has."""
+    weights = model.named_parameters(remove_duplicate=False)
+    named = {f"shared.model.{name}": weight for name, weight in weights}
+    numbered = list(chain.from_iterable(group["params"] for group in optimizer.param_groups))
+
+    def wanted(name: str, shape: tuple[int, ...]) -> tuple[int, int] | None:
+        number = parameter_of(name)
+        like = named.get(name)
+        if number is not None and number < len(numbered):
+            like = numbered[number]
+        return _rows(like) if _is_cut(like) and like is not None and like.shape == shape else None
+
+    return wanted
+
+
 def _own_rows(whole: Any, like: Any) -> Any:
-    """This rank's rows of a whole tensor, where `like` is cut and of the same shape."""
-    if not (isinstance(whole, Tensor) and _is_cut(like) and whole.shape == like.shape):
+    """This rank's rows of a tensor, or the rows it has of it, where `like` is cut likewise."""
+    if not (isinstance(whole, Tensor | Piece) and _is_cut(like) and whole.shape == like.shape):
         return whole
     start, stop = _rows(like)
-    # A copy, so that the whole can be given up.
-    local = whole[start:stop].to(like.device, copy=True)
+    if isinstance(whole, Piece):
+        rows = torch.empty(0, *whole.shape[1:]) if whole.data is None else whole.data
+    else:
+        rows = whole[start:stop].clone()  # so that the whole can be given up
     return DTensor.from_local(
-        local,
+        rows.to(like.device, whole.dtype),
         like.device_mesh,
         like.placements,
         run_check=False,
-        shape=whole.shape,
+        shape=torch.Size(whole.shape),
         stride=like.stride(),
     )
 

@@ -21,6 +21,7 @@ from dtp_trainer.checkpoints.checkpoint import (
     load_newest,
 )
 from dtp_trainer.checkpoints.heads import Fenced, Retention
+from dtp_trainer.checkpoints.pieces import Part
 from dtp_trainer.checkpoints.tree import UnsupportedState
 from dtp_trainer.session.agreement import Agreement, Decision, Leave
 from dtp_trainer.session.distributed import World
@@ -52,11 +53,14 @@ class Kept(IntEnum):
 class Keeper:
     """The checkpoints of a rank and its willingness to leave, in step with the other ranks."""
 
-    def __init__(self, storage: Storage, world: World, stop: StopRequest) -> None:
+    def __init__(
+        self, storage: Storage, world: World, stop: StopRequest, part: Part | None = None
+    ) -> None:
+        """`part`: what this rank wants of the state in a checkpoint."""
         policy = json.loads(os.environ.get(Env.CHECKPOINT) or "{}")
         self._every_s: float | None = policy.get("every_s")
         self._every_steps: int | None = policy.get("every_steps")
-        self._storage, self._world, self._stop = storage, world, stop
+        self._storage, self._world, self._stop, self._part = storage, world, stop, part
         self._saver = Checkpointer(
             storage,
             generation=int(os.environ.get(Env.GENERATION, "0")),
@@ -74,12 +78,13 @@ class Keeper:
 
     def newest(self) -> LoadedCheckpoint | None:
         """The same on all ranks; a collective."""
-        found = None
+        found, size = None, self._world.size
         if self._world.rank == 0:
-            found = load_newest(self._storage, rank=0, world_size=self._world.size, on_damage=say)
+            found = load_newest(self._storage, world_size=size, part=self._part, on_damage=say)
         name = self._world.told_by_first(found.entry.name if found else "")
         if name and self._world.rank != 0:
-            found = load(self._storage, name, rank=self._world.rank, world_size=self._world.size)
+            rank = self._world.rank
+            found = load(self._storage, name, rank=rank, world_size=size, part=self._part)
         self._begin(found.step if found else 0)
         return found
 
@@ -190,7 +195,7 @@ def _named() -> Iterator[None]:
         raise SessionError(str(error)) from None
 
 
-def open_keeper(world: World, stop: StopRequest) -> Keeper | None:
+def open_keeper(world: World, stop: StopRequest, part: Part | None = None) -> Keeper | None:
     """None where nobody keeps anything: outside dtp. Raises `StorageError`."""
     uri = os.environ.get(Env.STORAGE)
-    return Keeper(open_storage(uri), world, stop) if uri else None
+    return Keeper(open_storage(uri), world, stop, part) if uri else None

@@ -16,6 +16,7 @@ import contextlib
 import os
 from collections.abc import Iterator, Mapping
 from contextlib import AbstractContextManager
+from dataclasses import replace
 from types import TracebackType
 from typing import Any, Self
 
@@ -97,7 +98,7 @@ class Session:
                 own = self._compression.own_states()
                 sharded = shard(unwrapped(model), optimizer, kept, self.options, self._world)
                 self._state = TrainingState(model, sharded, scheduler, kept, self._world, own)
-                self._keeper = open_keeper(self._world, self._stop)
+                self._keeper = open_keeper(self._world, self._stop, sharded.part)
                 self._resume()
             self._leave_if_asked()
         self._watch = Phases(self.device)
@@ -294,7 +295,7 @@ class Session:
         return loaded is not None
 
     def _stand_at(self, loaded: LoadedCheckpoint) -> None:
-        self._loaded = loaded
+        self._loaded = replace(loaded, shared={})  # not held beside the model for ever
         self._state.load(loaded)
         self._state.load_random(loaded)
         self._update.guard.load(loaded.data_state)

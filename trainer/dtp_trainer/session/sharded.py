@@ -7,6 +7,7 @@ with another choice, and at another world size.
 
 from __future__ import annotations
 
+import re
 from collections.abc import Callable, Mapping
 from typing import Any, assert_never
 
@@ -14,10 +15,13 @@ from torch import Tensor, nn
 from torch.nn.parameter import is_lazy
 from torch.optim import LBFGS, Optimizer
 
+from dtp_trainer.checkpoints.pieces import Piece
 from dtp_trainer.options import CommHook, Options, Shard
 from dtp_trainer.session.distributed import World
 from dtp_trainer.session.state import Sharded, Stateful
 from dtp_trainer.session.stop import SessionError
+
+_OF_OPTIMIZER = re.compile(r"shared\.optimizer\.state\.(\d+)\.")
 
 
 def shard(
@@ -41,18 +45,29 @@ def shard(
         case Shard.OPTIMIZER:
             from dtp_trainer.session.zero1 import OwnShare  # noqa: PLC0415
 
-            return Sharded(model, OwnShare(optimizer, world))
+            share = OwnShare(optimizer, world)
+            return Sharded(model, share, share.part)
         case Shard.EVERYTHING:
             from dtp_trainer.session.fsdp import cut  # noqa: PLC0415
 
-            return Sharded(*cut(model, optimizer, options, world))
+            return cut(model, optimizer, options, world)
         case unreachable:
             assert_never(unreachable)
 
 
-def mapped(value: Any, change: Callable[[Tensor], Any]) -> Any:
-    """A state with each tensor in its dicts, lists and tuples replaced."""
-    if isinstance(value, Tensor):
+def parameter_of(name: str) -> int | None:
+    """The number of the parameter to whose optimizer state a tensor in a checkpoint belongs.
+
+    >>> parameter_of("shared.optimizer.state.12.exp_avg"), parameter_of("shared.model.weight")
+    (12, None)
+    """
+    found = _OF_OPTIMIZER.match(name)
+    return int(found[1]) if found else None
+
+
+def mapped(value: Any, change: Callable[[Any], Any]) -> Any:
+    """A state with each tensor, or piece of one, in its dicts, lists and tuples replaced."""
+    if isinstance(value, Tensor | Piece):
         return change(value)
     if isinstance(value, dict):
         return {key: mapped(item, change) for key, item in value.items()}

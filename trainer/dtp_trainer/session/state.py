@@ -11,6 +11,7 @@ from torch import Tensor, nn
 from torch.nn.parallel import DistributedDataParallel
 
 from dtp_trainer.checkpoints.checkpoint import LoadedCheckpoint, StateBundle
+from dtp_trainer.checkpoints.pieces import Part
 from dtp_trainer.session import randomness
 from dtp_trainer.session.distributed import World
 
@@ -30,6 +31,8 @@ class Sharded:
 
     model: Stateful
     optimizer: Stateful
+    part: Part | None = None
+    """What `load_state_dict` wants of a checkpoint; None: whole tensors."""
 
 
 class TrainingState:

@@ -21,7 +21,7 @@ from torch.optim import Optimizer
 from dtp_trainer.checkpoints.pieces import Piece
 from dtp_trainer.checkpoints.tree import UnsupportedState
 from dtp_trainer.session.distributed import World
-from dtp_trainer.session.sharded import mapped
+from dtp_trainer.session.sharded import mapped, parameter_of
 
 _ALIGNED = 64
 """Bytes: kernels round by the alignment of what they are given, and torch's own memory has this."""
@@ -93,6 +93,11 @@ class OwnShare:
                 "param_groups": self._own_groups(groups),
             }
         )
+
+    def part(self, name: str, _shape: tuple[int, ...]) -> tuple[int, int] | None:
+        """Nothing of what other ranks own; a `checkpoints.pieces.Part`."""
+        number = parameter_of(name)
+        return None if number is None or number in self._mine else (0, 0)
 
     # ------------------------------------------------------------------------------- the groups
 
