@@ -91,7 +91,8 @@ def wrapped(
         _compile(model, options)
     if world.size == 1 or options.shard is Shard.EVERYTHING:
         return model
-    static_graph = bool(given.pop("static_graph", False)) or options.static_graph
+    if options.static_graph:
+        given["static_graph"] = True
     if options.bucket_mb is not None:
         given["bucket_cap_mb"] = options.bucket_mb
     if options.gradient_as_bucket_view:
@@ -100,8 +101,6 @@ def wrapped(
     ddp = DistributedDataParallel(model, device_ids=devices, **given)
     if world.device.type == "cpu" and world.size > 2 and set(given) <= _SETTLED_WITH:
         _settle_buckets(ddp)
-    if static_graph:
-        ddp._set_static_graph()  # type: ignore[no-untyped-call]  # noqa: SLF001
     compression.of(ddp)
     return ddp
 
@@ -112,7 +111,7 @@ def _settle_buckets(ddp: DistributedDataParallel) -> None:
     Three numbers are summed in an order that depends on their place in a bucket. A resumed job,
     whose first step is in the middle, would otherwise round that one step differently from a job
     that was never paused. The backward pass of nothing at all gives DDP its order of gradients. A
-    graph that is static by promise would not count it, so that promise comes later.
+    graph that is static by promise cannot be settled: DDP would hold it to this pass.
     """
     parameters = [p for p in ddp.module.parameters() if p.requires_grad]
     kept = [p.grad for p in parameters]
