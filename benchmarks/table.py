@@ -46,7 +46,7 @@ def table() -> str:
         (
             "a step with `Session`",
             f"{overhead['ratio_of_medians']:.3f} times",
-            "the bare loop, interleaved in one process",
+            "the bare loop, interleaved in one process" + _peers(overhead),
             "overhead",
         ),
         (
@@ -75,6 +75,16 @@ def main() -> None:
 def _read(name: str) -> dict[str, Any]:
     found: dict[str, Any] = json.loads((RESULTS / f"{name}.json").read_text())
     return found
+
+
+def _peers(overhead: dict[str, Any]) -> str:
+    found = overhead.get("beside_bare", {})
+    peers = {"accelerate": "accelerate", "fabric": "Lightning Fabric"}
+    return "".join(
+        f"; {words} {found[name]['ratio_of_medians']:.3f} times"
+        for name, words in peers.items()
+        if name in found
+    )
 
 
 def _s(found: dict[str, float]) -> str:
