@@ -209,9 +209,17 @@ class LogTail:
 
     async def _read(self) -> None:
         count = 0
-        async for attempt, line in self._engine.logs(self._job_id, follow=True):
+        past = await self._engine.past(self._job_id)
+        for told in past.told:
+            self.history.add(told.attempt, told.record)
+            count += 1
+            if count % _BREATH == 0:
+                await asyncio.sleep(0)
+        logs = self._engine.logs(self._job_id, follow=True, since=past.since)
+        async for attempt, line in logs:
             if line.record is not None:
-                self.history.add(attempt, line.record)
+                if not past.holds(line.record):
+                    self.history.add(attempt, line.record)
             elif line.text is not None:
                 self._lines.append(entry(line.text))
             count += 1

@@ -123,6 +123,16 @@ Cursor = Mapping[int, str]
 """Worker → the cursor of the last line seen of it."""
 
 
+@dataclass(frozen=True, slots=True)
+class Since:
+    """Where to begin in logs that may be long."""
+
+    at: float
+    """Unix time; all later lines come."""
+    context_bytes: int = 0
+    """About so much of what is older comes as well, of each worker."""
+
+
 class Backend(Protocol):
     """Every method may raise `Unreachable`; none blocks the event loop."""
 
@@ -147,10 +157,15 @@ class Backend(Protocol):
         ...
 
     def logs(
-        self, attempt: AttemptId, *, after: Cursor | None = None, follow: bool = False
+        self,
+        attempt: AttemptId,
+        *,
+        after: Cursor | None = None,
+        since: Since | None = None,
+        follow: bool = False,
     ) -> AsyncIterator[LogLine]:
         """Lines of all workers, in order for each worker. Without `follow` it ends at what exists
-        now."""
+        now. `since` is for the workers that `after` does not name; a few older lines may come."""
         ...
 
     async def capacity(self) -> Capacity: ...

@@ -15,7 +15,7 @@ from types import TracebackType
 from typing import Self, TypeVar
 
 from dtp_engine import checkpoints
-from dtp_engine.backend import Backend, Capacity, Cursor, LogLine
+from dtp_engine.backend import Backend, Capacity, Cursor, LogLine, Since
 from dtp_engine.backends import Parts, keep_secrets, open_parts
 from dtp_engine.clock import Clock, RealClock
 from dtp_engine.driver import Driver, driver_of, start_controller, stop_controller
@@ -36,12 +36,15 @@ from dtp_engine.series import MetricHistory
 from dtp_engine.settings import Settings
 from dtp_engine.views import JobStorages, JobView
 from dtp_trainer import wire
-from dtp_trainer.storage import Storage
+from dtp_trainer.history import Past
+from dtp_trainer.history import read as read_past
+from dtp_trainer.storage import Storage, StorageError
 
 T = TypeVar("T")
 
 POLL_S = 0.05
 """How often a waiting client looks whether the ledger moved."""
+_CONTEXT_BYTES = 1 << 20
 ANSWER_WITHIN_S = 10.0
 """A controller that starts cold answers in about one second; one that must first wait until the
 lease of a frozen one is over, so long after that."""
@@ -198,30 +201,48 @@ class Engine:
         return await self._read(job_id)
 
     async def logs(
-        self, job_id: str, *, attempt: int | None = None, follow: bool = False
+        self,
+        job_id: str,
+        *,
+        attempt: int | None = None,
+        follow: bool = False,
+        since: float | None = None,
     ) -> AsyncIterator[tuple[int, LogLine]]:
         """(attempt, line) of all attempts or of one, records and text, oldest attempt first.
 
+        With `since` (Unix time) from about then on, and what the newest attempt said just before.
         With `follow` it goes on through new attempts and ends when the job is no longer active.
         """
         cursors: dict[int, dict[int, str]] = {}
         while True:
             active = (await self._read(job_id)).active
-            for one in await self.attempts(job_id):
+            attempts = await self.attempts(job_id)
+            for one in attempts:
                 if attempt in (None, one.number):
                     after = cursors.setdefault(one.number, {})
-                    async for line in _new_lines(self._backend, one, after):
+                    start = _since(since, is_newest=one is attempts[-1])
+                    async for line in _new_lines(self._backend, one, after, start):
                         yield one.number, line
             if not (follow and active):
                 return
             await self._clock.sleep(2 * POLL_S)
 
     async def metrics(self, job_id: str) -> MetricHistory:
-        history = MetricHistory()
-        async for attempt, line in self.logs(job_id):
-            if line.record is not None:
+        """From the job's storage what is there, from the logs what came later."""
+        history, past = MetricHistory(), await self.past(job_id)
+        for told in past.told:
+            history.add(told.attempt, told.record)
+        async for attempt, line in self.logs(job_id, since=past.since):
+            if line.record is not None and not past.holds(line.record):
                 history.add(attempt, line.record)
         return history
+
+    async def past(self, job_id: str) -> Past:
+        """Empty where the storage cannot tell: the logs hold it all, in more time."""
+        try:
+            return await self.storages.of(job_id, read_past)
+        except StorageError:
+            return Past()
 
     async def checkpoints(self, job_id: str) -> Sequence[wire.CheckpointEntry]:
         """Oldest first."""
@@ -322,12 +343,16 @@ async def _moved(
     return now
 
 
+def _since(at: float | None, *, is_newest: bool) -> Since | None:
+    return None if at is None else Since(at, _CONTEXT_BYTES if is_newest else 0)
+
+
 async def _new_lines(
-    backend: Backend, attempt: Attempt, after: dict[int, str]
+    backend: Backend, attempt: Attempt, after: dict[int, str], since: Since | None
 ) -> AsyncIterator[LogLine]:
     """Lines after the cursors, which move along."""
     start: Cursor = dict(after)
-    async for line in backend.logs(attempt.id, after=start):
+    async for line in backend.logs(attempt.id, after=start, since=since):
         after[line.worker] = line.cursor
         yield line
 

@@ -32,6 +32,7 @@ from dtp_engine.jobs import (
 )
 from dtp_engine.views import JobView
 from dtp_trainer import wire
+from dtp_trainer.history import Past
 from dtp_tui.dashboard import DtpApp, Source
 
 START = datetime(2026, 3, 1, 12, 0, tzinfo=UTC)
@@ -75,8 +76,16 @@ class FakeEngine:
     async def events(self, *, after: int = 0, job_id: str | None = None) -> Sequence[Event]:
         return [e for e in self.timeline if e.seq > after and job_id in (None, e.job_id)]
 
+    async def past(self, job_id: str) -> Past:
+        return Past()
+
     async def logs(
-        self, job_id: str, *, attempt: int | None = None, follow: bool = False
+        self,
+        job_id: str,
+        *,
+        attempt: int | None = None,
+        follow: bool = False,
+        since: float | None = None,
     ) -> AsyncIterator[tuple[int, LogLine]]:
         seen = 0
         while True:

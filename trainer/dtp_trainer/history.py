@@ -41,10 +41,11 @@ _EVENTS = 240
 
 
 class Told(NamedTuple):
-    """A record and its attempt."""
+    """A record, its attempt, and the line that says it."""
 
     attempt: int
     record: wire.Record
+    line: str
 
 
 Stream: TypeAlias = tuple[str, int]
@@ -96,7 +97,7 @@ def read(storage: Storage) -> Past:
 
 def _newest(told: Iterable[Told]) -> dict[Stream, float]:
     until: dict[Stream, float] = {}
-    for _, record in told:
+    for _, record, _ in told:
         if isinstance(record, (wire.Window, wire.Host)):
             stream = (record.kind, record.worker)
             until[stream] = max(record.at, until.get(stream, -math.inf))
@@ -126,7 +127,7 @@ def encode(chunk: Chunk) -> bytes:
         if one.attempt != attempt:
             attempt = one.attempt
             lines.append(json.dumps({"attempt": attempt}))
-        lines.append(wire.encode(one.record))
+        lines.append(one.line)
     return gzip.compress("\n".join([*lines, ""]).encode(), compresslevel=6, mtime=0)
 
 
@@ -148,7 +149,7 @@ def _told(lines: Iterable[str]) -> Iterator[Told]:
             continue
         record = wire.parse(line)
         if record is not None and not isinstance(record, wire.Text):
-            yield Told(attempt, record)
+            yield Told(attempt, record, line)
 
 
 def _load(storage: Storage, name: str) -> Chunk | None:
@@ -176,7 +177,8 @@ class HistoryWriter:
         Raises:
             StorageError: it is not; the records are kept for the next call.
         """
-        self._chunk += [Told(self._attempt, record) for record in records if self._takes(record)]
+        taken = (record for record in records if self._takes(record))
+        self._chunk += [Told(self._attempt, record, wire.encode(record)) for record in taken]
         del self._chunk[:-_LONGEST_BACKLOG]  # of storage that was away for hours
         if not self._chunk:
             return
@@ -233,7 +235,7 @@ class HistoryWriter:
 def thinned(told: Sequence[Told]) -> list[Told]:
     """Some of them, in their order: the extremes of each number in each stretch of time."""
     streams: dict[tuple[str, int | str], list[int]] = {}
-    for index, (_, record) in enumerate(told):
+    for index, (_, record, _) in enumerate(told):
         streams.setdefault(_stream(record), []).append(index)
     kept: set[int] = set()
     for (kind, of), found in streams.items():

@@ -8,6 +8,7 @@ from collections.abc import Mapping
 from dtp_trainer.wire import Host, Window
 
 _GIB = 1 << 30
+_HOST_FIELDS = tuple(field.name for field in dataclasses.fields(Host))
 
 
 def measured(window: Window) -> dict[str, float]:
@@ -31,7 +32,8 @@ def used(host: Host) -> dict[str, float]:
     {'cpu_percent': 50.0, 'memory_gib': 1.0, 'gpu0_percent': 90.0, 'gpu1_percent': 80.0}
     """
     found: dict[str, float] = {}
-    for name, value in dataclasses.asdict(host).items():
+    for name in _HOST_FIELDS:
+        value = getattr(host, name)
         if name in ("at", "worker") or name.endswith("_total_bytes"):
             continue
         found |= _numbers(name, value)

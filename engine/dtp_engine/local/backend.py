@@ -13,7 +13,7 @@ from pathlib import Path
 from typing import TypeVar
 
 from dtp_engine import checkpoints
-from dtp_engine.backend import Capacity, CapacityRequest, Cursor, Gang, LaunchPlan, LogLine
+from dtp_engine.backend import Capacity, CapacityRequest, Cursor, Gang, LaunchPlan, LogLine, Since
 from dtp_engine.backends import job_storage_uri
 from dtp_engine.door import DeadlinePassed, Door
 from dtp_engine.errors import InfrastructureError, Unreachable
@@ -72,12 +72,17 @@ class LocalBackend:
         await self._through(self._door, lambda: _stop(folders, grace.total_seconds()))
 
     async def logs(
-        self, attempt: AttemptId, *, after: Cursor | None = None, follow: bool = False
+        self,
+        attempt: AttemptId,
+        *,
+        after: Cursor | None = None,
+        since: Since | None = None,
+        follow: bool = False,
     ) -> AsyncIterator[LogLine]:
         """In the order of time over all workers. With `follow` it goes on, through workers that
         join, until the caller closes it."""
         offsets = {worker: int(cursor) for worker, cursor in (after or {}).items()}
-        feed = Feed(partial(self._home.workers, attempt), offsets)
+        feed = Feed(partial(self._home.workers, attempt), offsets, since)
         while True:
             lines = await self._through(self._log_door, partial(feed.read, _LINES_A_TURN))
             for line in lines:

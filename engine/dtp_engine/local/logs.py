@@ -7,13 +7,15 @@ from collections.abc import Callable, Iterator
 from dataclasses import dataclass, field
 from itertools import islice
 from pathlib import Path
+from typing import BinaryIO
 
 from dtp_engine import logs
-from dtp_engine.backend import LogLine
+from dtp_engine.backend import LogLine, Since
 from dtp_engine.local.folders import WorkerFolder
 from dtp_trainer import wire
 
 _CHUNK_BYTES = 1 << 18
+_LOOK_BYTES = 1 << 17
 _LINE_BYTES = 1 << 24
 """A line that is longer is cut, so that a worker that writes none costs bounded memory."""
 
@@ -73,6 +75,7 @@ class Feed:
 
     workers: Callable[[], list[WorkerFolder]]
     offsets: dict[int, int] = field(default_factory=dict)
+    since: Since | None = None
     _tails: dict[int, Tail] = field(default_factory=dict)
     _round: Iterator[LogLine] | None = None
 
@@ -89,6 +92,49 @@ class Feed:
     def _find_tails(self) -> list[Tail]:
         for folder in self.workers():
             if folder.worker not in self._tails:
-                offset = self.offsets.get(folder.worker, 0)
+                offset = self._offset(folder)
                 self._tails[folder.worker] = Tail(folder.worker, folder.log, offset)
         return list(self._tails.values())
+
+    def _offset(self, folder: WorkerFolder) -> int:
+        known = self.offsets.get(folder.worker)
+        if known is not None or self.since is None:
+            return known or 0
+        return beginning(folder.log, self.since)
+
+
+def beginning(path: Path, since: Since) -> int:
+    """Where to begin to read a log; found by halves, for its lines are in the order of time.
+
+    Raises `OSError`, but for a file that is not there yet.
+    """
+    try:
+        file = path.open("rb")
+    except FileNotFoundError:
+        return 0
+    with file:
+        low, high = 0, file.seek(0, 2)
+        if (newest := _time_at(file, max(0, high - _LOOK_BYTES))) is not None:
+            low = max(0, high - _LOOK_BYTES) if newest < since.at else low
+        while high - low > _LOOK_BYTES:
+            middle = (low + high) // 2
+            at = _time_at(file, middle)
+            low, high = (middle, high) if at is not None and at < since.at else (low, middle)
+        return _line_start(file, max(0, low - since.context_bytes))
+
+
+def _time_at(file: BinaryIO, offset: int) -> float | None:
+    """Of the first line that has one and begins behind `offset`."""
+    file.seek(offset)
+    for raw in file.read(_LOOK_BYTES).split(b"\n")[1:-1]:
+        if (parsed := wire.parse(raw.decode(errors="replace"))) is not None:
+            return parsed.at
+    return None
+
+
+def _line_start(file: BinaryIO, offset: int) -> int:
+    """The beginning of the line that `offset` lies in or, of a very long one, `offset`."""
+    start = max(0, offset - _LOOK_BYTES)
+    file.seek(start)
+    before = file.read(offset - start)
+    return start + before.rfind(b"\n") + 1 if b"\n" in before or start == 0 else offset

@@ -13,10 +13,12 @@ from dtp_engine.backend import (
     LaunchPlan,
     Liveness,
     LogLine,
+    Since,
     WorkerSight,
 )
 from dtp_engine.errors import Unreachable
 from dtp_engine.jobs import AttemptId
+from dtp_engine.logs import time_of
 from dtp_engine.simulated.cluster import Cluster
 from dtp_engine.simulated.gang import Worker
 from dtp_engine.simulated.lines import lines_between
@@ -53,7 +55,12 @@ class SimulatedBackend:
         self._reach().stop(attempt, workers, kill=not grace)
 
     async def logs(
-        self, attempt: AttemptId, *, after: Cursor | None = None, follow: bool = False
+        self,
+        attempt: AttemptId,
+        *,
+        after: Cursor | None = None,
+        since: Since | None = None,
+        follow: bool = False,
     ) -> AsyncIterator[LogLine]:
         """In the order of time over all workers."""
         cursors = dict(after or {})
@@ -63,7 +70,8 @@ class SimulatedBackend:
                 gang.advance(self._cluster.now)
                 for line in lines_between(gang, cursors, self._cluster.now):
                     cursors[line.worker] = line.cursor
-                    yield line
+                    if since is None or time_of(line) >= since.at:
+                        yield line
             if not follow:
                 return
             await self._cluster.clock.sleep(POLL_S)
