@@ -1,16 +1,23 @@
-"""`python -m benchmarks [name …]`: run all, or the named ones."""
+"""`python -m benchmarks [name …] [--kills N]`: run all, or the named ones."""
 
 from __future__ import annotations
 
+import argparse
 import importlib
+import os
 import sys
 
-NAMES = ("commands", "launch", "recovery", "overhead", "checkpoint")
+NAMES = ("commands", "launch", "recovery", "scale", "overhead", "checkpoint")
 
 
 def main() -> None:
-    chosen = sys.argv[1:] or NAMES
-    for name in chosen:
+    parser = argparse.ArgumentParser(prog="python -m benchmarks")
+    parser.add_argument("names", nargs="*", metavar="name", help=", ".join(NAMES))
+    parser.add_argument("--kills", type=int, help="of each kind, in recovery")
+    given = parser.parse_args()
+    if given.kills:
+        os.environ["BENCH_KILLS"] = str(given.kills)
+    for name in given.names or NAMES:
         if name not in NAMES:
             sys.exit(f'no benchmark "{name}"; there are: {", ".join(NAMES)}')
         importlib.import_module(f"benchmarks.{name}").main()

@@ -1,5 +1,8 @@
-"""kill -9 of a rank → the first new step, beside torchrun (tuned) with the same script in the same
-run."""
+"""kill -9 of a rank, of an agent, of the leader → the first new step, beside torchrun (tuned) with
+the same script in the same run.
+
+`--kills N` for so many of each kind; by default as many as fit in about four minutes.
+"""
 
 from __future__ import annotations
 
@@ -7,149 +10,159 @@ import contextlib
 import os
 import random
 import signal
-import subprocess
 import sys
 import tempfile
 import time
-from dataclasses import dataclass
+from collections.abc import Callable
+from dataclasses import dataclass, field
 from pathlib import Path
+from typing import Any
 
-from benchmarks.launch import leave
-from benchmarks.measure import BIN, HERE, median, save, spread
+from benchmarks.elastic import HANG_S, Dtp, Notes, Torchrun, figures, running
+from benchmarks.measure import median, save
 
-SCRIPT = HERE / "scripts" / "recovery.py"
-KILLS = {"dtp": 100, "torchrun": 10}
-HANG_S = 60.0
-
-
-@dataclass(frozen=True, slots=True)
-class Note:
-    round: int
-    pid: int
-    at: float
+KILLS = {"rank": 60, "agent": 15, "leader": 15}
+PEER_KILLS = {"rank": 8, "agent": 4}
+LOADS = 20
+READY_S = 120.0
 
 
-def newest(folder: Path, rank: int) -> Note | None:
-    """The last step that a rank noted."""
-    path = folder / f"notes.{rank}"
-    lines = path.read_text().splitlines() if path.exists() else []
-    for line in reversed(lines[-2:]):
-        if len(fields := line.split()) == 3:
-            return Note(int(fields[0]), int(fields[1]), float(fields[2]))
-    return None
+@dataclass(slots=True)
+class Series:
+    """Kills of one kind."""
+
+    seconds: list[float] = field(default_factory=list)
+    hangs: int = 0
+
+    def to_dict(self) -> dict[str, Any]:
+        return {**figures(self.seconds), "hangs": self.hangs}
 
 
-def training(folder: Path, after: int, deadline_s: float) -> float | None:
-    """Time of the moment when both ranks had a step of a later round than `after`; None: a hang."""
-    deadline = time.time() + deadline_s
-    while time.time() < deadline:
-        notes = [newest(folder, rank) for rank in (0, 1)]
-        if all(note and note.round > after for note in notes):
-            return _first(folder, after)
-        time.sleep(0.005)
-    return None
+def strike(notes: Notes, kill: Callable[[], None], series: Series) -> bool:
+    """One kill, timed until a new group has stepped; False when none did."""
+    before = notes.pids()
+    notes.clear()
+    killed = time.time()
+    kill()
+    formed = notes.formed(None, without=before, within_s=HANG_S)
+    if formed is None:
+        series.hangs += 1
+        return False
+    series.seconds.append(formed - killed)
+    return True
 
 
-def _first(folder: Path, after: int) -> float:
-    """When the later of both ranks finished its first step of the next round."""
-    found = []
-    for rank in (0, 1):
-        rows = [line.split() for line in (folder / f"notes.{rank}").read_text().splitlines()]
-        found.append(min(float(r[2]) for r in rows if len(r) == 3 and int(r[0]) > after))
-    return max(found)
+def slay(pid: int) -> None:
+    with contextlib.suppress(ProcessLookupError):
+        os.kill(pid, signal.SIGKILL)
 
 
-def measure(folder: Path, kills: int) -> tuple[list[float], int]:
-    """Seconds a kill, and how many kills ended in a hang (which ends the series)."""
-    found: list[float] = []
+def a_rank(notes: Notes, dice: random.Random) -> int:
+    """The process of a rank that has just stepped."""
+    newest = [rows[-1].pid for rows in notes.read().values() if rows]
+    return dice.choice(newest)
+
+
+def dtp(folder: Path, kinds: dict[str, int]) -> tuple[dict[str, Series], float]:
+    """Two workers; one that was killed is replaced by the controller before the next kill."""
+    found = {kind: Series() for kind in kinds}
     dice = random.Random(0)
-    if training(folder, -1, 60) is None:
-        return found, 1
-    for _ in range(kills):
-        time.sleep(dice.uniform(0.2, 0.6))
-        victim = newest(folder, dice.randrange(2))
-        if victim is None:
-            continue
-        for rank in (0, 1):
-            (folder / f"notes.{rank}").write_text("")
-        killed = time.time()
-        with contextlib.suppress(ProcessLookupError):
-            os.kill(victim.pid, signal.SIGKILL)
-        recovered = training(folder, victim.round, HANG_S)
-        if recovered is None:
-            return found, 1
-        found.append(recovered - killed)
-    return found, 0
+    with running(lambda: Dtp(folder, "1..2")) as job:
+        for kind, kills in kinds.items():
+            for _ in range(kills):
+                if job.notes.formed(2, without=set(), within_s=READY_S) is None:
+                    found[kind].hangs += 1
+                    break
+                time.sleep(dice.uniform(0.2, 0.6))
+                victim = a_rank(job.notes, dice)
+                if kind != "rank":
+                    victim = job.agent(leader=kind == "leader")
+                strike(job.notes, lambda pid=victim: slay(pid), found[kind])
+        loads = load_times(job.storage())
+    return found, median(loads)
 
 
-def dtp(folder: Path) -> tuple[list[float], int]:
-    job = folder / "recovery.yaml"
-    job.write_text(
-        f"name: recovery\nnproc_per_node: 2\nworkdir: {SCRIPT.parent}\nrun: python recovery.py\n"
-        f"env: {{BENCH_FILE: {folder / 'notes'}}}\n"
-        "checkpoint: {every: 50 steps}\nretry: {on_errors: 1000}\n"
-    )
-    home = folder / "home"
-    env = {**os.environ, "DTP_HOME": str(home)}
-    subprocess.run(
-        [str(BIN / "dtp"), "run", "--detach", str(job)], env=env, check=True, capture_output=True
-    )
-    try:
-        return measure(folder, KILLS["dtp"])
-    finally:
-        for verb in ("kill", "wait"):
-            subprocess.run(
-                [str(BIN / "dtp"), verb, "recovery"], env=env, check=False, capture_output=True
-            )
-        leave(home)
+def load_times(storage: str) -> list[float]:
+    """Of the checkpoint that each generation starts from."""
+    from dtp_trainer.checkpoints.checkpoint import load_newest
+    from dtp_trainer.storage import open_storage
+
+    found = []
+    for _ in range(LOADS):
+        started = time.perf_counter()
+        load_newest(open_storage(storage), rank=0, world_size=1)
+        found.append(time.perf_counter() - started)
+    return found
 
 
-def torchrun(folder: Path) -> tuple[list[float], int]:
-    """Several short series, because a hang ends one."""
-    found: list[float] = []
-    hangs = 0
-    while len(found) + hangs < KILLS["torchrun"]:
-        for old in folder.glob("notes*"):
-            old.unlink()
-        process = subprocess.Popen(
-            [
-                str(BIN / "torchrun"),
-                "--standalone",
-                "--nproc-per-node=2",
-                "--max-restarts=1000",
-                "--monitor-interval=0.1",
-                str(SCRIPT),
-            ],
-            env={**os.environ, "BENCH_FILE": str(folder / "notes")},
-            stdout=subprocess.DEVNULL,
-            stderr=subprocess.DEVNULL,
-            start_new_session=True,
-        )
-        try:
-            more, hung = measure(folder, KILLS["torchrun"] - len(found) - hangs)
-        finally:
-            os.killpg(process.pid, signal.SIGTERM)
-            process.wait()
-        found += more
-        hangs += hung
-    return found, hangs
+def torchrun(folder: Path, kinds: dict[str, int]) -> dict[str, Series]:
+    """Several short series, because a hang ends one. An agent that was killed is started anew."""
+    found = {kind: Series() for kind in kinds}
+    dice = random.Random(0)
+    for kind, kills in kinds.items():
+        series = found[kind]
+        while len(series.seconds) + series.hangs < kills:
+            for old in folder.glob("notes*"):
+                old.unlink()
+            with running(lambda: Torchrun(folder, 2)) as job:
+                while len(series.seconds) + series.hangs < kills and peer_kill(
+                    job, kind, series, dice
+                ):
+                    pass
+    return found
+
+
+def peer_kill(job: Torchrun, kind: str, series: Series, dice: random.Random) -> bool:
+    if job.notes.formed(2, without=set(), within_s=READY_S) is None:
+        series.hangs += 1
+        return False
+    time.sleep(dice.uniform(0.2, 0.6))
+    if kind == "rank":
+        victim = a_rank(job.notes, dice)
+        return strike(job.notes, lambda: slay(victim), series)
+    agent = dice.choice(job.agents)
+    if not strike(job.notes, lambda: job.kill(agent, signal.SIGKILL), series):
+        return False
+    job.agents.append(job.join())
+    return True
 
 
 def main() -> None:
-    results = {}
-    for name, contender in (("dtp", dtp), ("torchrun", torchrun)):
-        with tempfile.TemporaryDirectory() as folder:
-            results[name] = contender(Path(folder))
-        print(
-            name, len(results[name][0]), "recoveries,", results[name][1], "hangs", file=sys.stderr
-        )
-    dtp_s, torchrun_s = results["dtp"][0], results["torchrun"][0]
+    given = os.environ.get("BENCH_KILLS")
+    kinds = dict.fromkeys(KILLS, int(given)) if given else KILLS
+    with tempfile.TemporaryDirectory() as folder:
+        ours, load_s = dtp(Path(folder), kinds)
+    with tempfile.TemporaryDirectory() as folder:
+        theirs = torchrun(Path(folder), PEER_KILLS)
+    for name, series in (*ours.items(), *theirs.items()):
+        print(name, len(series.seconds), "recoveries,", series.hangs, "hangs", file=sys.stderr)
     save(
         "recovery",
         {
-            "kill_to_first_step_s": {name: spread(found) for name, (found, _) in results.items()},
-            "hangs": {name: hung for name, (_, hung) in results.items()},
-            "ratio_to_torchrun": round(median(dtp_s) / median(torchrun_s), 4),
+            "kill_to_first_step_s": by_launcher("rank", ours, theirs),
+            "agent_kill_to_first_step_s": by_launcher("agent", ours, theirs),
+            "leader_kill_to_first_step_s": by_launcher("leader", ours, theirs),
+            "of_which_checkpoint_load_s": load_s,
+            "hangs": {"dtp": ours["rank"].hangs, "torchrun": theirs["rank"].hangs},
+            "hangs_of_all_kinds": {"dtp": hangs(ours), "torchrun": hangs(theirs)},
+            "ratio_to_torchrun": ratio(ours["rank"].seconds, theirs["rank"].seconds),
+            "torchrun": "tuned; its store is hosted outside of all agents, because the death of "
+            "the agent that hosts it ends the job",
             "goals": {"dtp median s": 0.5, "dtp hangs": 0},
         },
     )
+
+
+def by_launcher(
+    kind: str, ours: dict[str, Series], theirs: dict[str, Series]
+) -> dict[str, dict[str, Any]]:
+    found = {"dtp": ours.get(kind), "torchrun": theirs.get(kind)}
+    return {name: series.to_dict() for name, series in found.items() if series is not None}
+
+
+def hangs(found: dict[str, Series]) -> int:
+    return sum(series.hangs for series in found.values())
+
+
+def ratio(ours: list[float], theirs: list[float]) -> float | None:
+    return round(median(ours) / median(theirs), 4) if ours and theirs else None

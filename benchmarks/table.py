@@ -43,6 +43,8 @@ def table() -> str:
             f"torchrun {_s(kill['torchrun'])}, {_hangs(recovery, 'torchrun')}",
             "recovery",
         ),
+        *_more_recovery(recovery),
+        *_scale(),
         (
             "a step with `Session`",
             f"{overhead['ratio_of_medians']:.3f} times",
@@ -89,6 +91,41 @@ def _peers(overhead: dict[str, Any]) -> str:
 
 def _s(found: dict[str, float]) -> str:
     return f"{found['median']:.2f} s"
+
+
+def _more_recovery(recovery: dict[str, Any]) -> list[tuple[str, str, str, str]]:
+    """Kills of more than a rank, once they were measured."""
+    rows = []
+    for kind, what in (("agent", "an agent"), ("leader", "the leader's agent")):
+        if found := recovery.get(f"{kind}_kill_to_first_step_s"):
+            peer = f"torchrun {_s(found['torchrun'])}" if "torchrun" in found else "—"
+            rows.append((f"kill -9 of {what} → the rest steps again", _s(found["dtp"]), peer))
+    return [(*row, "recovery") for row in rows]
+
+
+def _scale() -> list[tuple[str, str, str, str]]:
+    if not (RESULTS / "scale.json").exists():
+        return []
+    scale = _read("scale")
+    up, down = scale["dtp"]["2 -> 3"], scale["dtp"]["3 -> 2"]
+    peer = scale["torchrun"]
+    rows = (
+        ("2 → 3 workers: the new one is up → all step", up["worker_up_to_first_step_s"], "2 -> 3"),
+        (
+            "3 → 2 workers: one is asked to leave → the rest steps",
+            down["worker_up_to_first_step_s"],
+            "3 -> 2",
+        ),
+    )
+    return [
+        (
+            what,
+            f"{_s(ours)}, {scale['dtp'][sign]['steps_redone']} steps redone",
+            f"torchrun, from its start or end {_s(peer[sign]['wish_to_first_step_s'])}",
+            "scale",
+        )
+        for what, ours, sign in rows
+    ]
 
 
 def _hangs(recovery: dict[str, Any], name: str) -> str:

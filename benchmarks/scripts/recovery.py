@@ -1,4 +1,4 @@
-"""Steps of 5 ms with a checkpoint every 50; notes rank, pid, restart count and time of each step.
+"""Steps of 5 ms with a checkpoint every 50; each rank notes step, pid, time and world size.
 
 Under dtp it uses `Session`; under torchrun the usual hand-written load and save.
 """
@@ -13,8 +13,7 @@ import torch.distributed as dist
 from torch import Tensor
 from torch.nn.parallel import DistributedDataParallel
 
-RANK = int(os.environ["RANK"])
-ROUND = os.environ.get("DTP_GENERATION") or os.environ["TORCHELASTIC_RESTART_COUNT"]
+RANK, WORLD = int(os.environ["RANK"]), os.environ["WORLD_SIZE"]
 SAVED = Path(os.environ["BENCH_FILE"]).with_suffix(".pt")
 NOTES = Path(f"{os.environ['BENCH_FILE']}.{RANK}")
 torch.manual_seed(0)
@@ -22,14 +21,14 @@ net = torch.nn.Linear(64, 64)
 optimizer = torch.optim.SGD(net.parameters(), lr=1e-3)
 
 
-def train(model: torch.nn.Module) -> Tensor:
+def train(model: torch.nn.Module, step: int) -> Tensor:
     loss: Tensor = model(torch.randn(16, 64)).square().mean()
     optimizer.zero_grad()
     loss.backward()
     optimizer.step()
     time.sleep(0.005)
     with NOTES.open("a") as notes:
-        notes.write(f"{ROUND} {os.getpid()} {time.time()}\n")
+        notes.write(f"{step} {os.getpid()} {time.time()} {WORLD}\n")
     return loss
 
 
@@ -39,7 +38,7 @@ def under_dtp() -> None:
     session = Session(model=net, optimizer=optimizer)
     model = session.ddp(net)
     while True:
-        session.step(loss=train(model))
+        session.step(loss=train(model, session.global_step + 1))
 
 
 def under_torchrun() -> None:
@@ -52,8 +51,8 @@ def under_torchrun() -> None:
         step = saved["step"]
     model = DistributedDataParallel(net)
     while True:
-        train(model)
         step += 1
+        train(model, step)
         if step % 50 == 0 and RANK == 0:
             state = {
                 "model": net.state_dict(),
