@@ -31,7 +31,8 @@ _AT_IMPORT = (
     "PYTORCH_", "TORCH", "TRITON_",
 )  # fmt: skip
 _NOT_AT_IMPORT = (
-    "OMP_NUM_THREADS", "PYTHONPATH", "PYTHONUNBUFFERED", "TORCHELASTIC_", "TORCH_FR_", "TORCH_NCCL_",
+    "OMP_NUM_THREADS", "PYTHONPATH", "PYTHONUNBUFFERED", "TORCHELASTIC_", "TORCH_FR_",
+    "TORCH_NCCL_",
 )  # fmt: skip
 """What a forked rank takes up by itself, or libraries when they form a process group."""
 _OF_THE_USER = ("DTP_HOME", "HOME", "LOGNAME", "PATH", "TMPDIR", "USER")
