@@ -25,14 +25,13 @@ def main() -> None:
 
     session = Session(model=model, optimizer=optimizer)
     ddp = session.ddp(model)
-    for pixels, labels in session.batches(
-        digits(), global_batch=args.batch_size, epochs=args.epochs
-    ):
-        loss = nn.functional.cross_entropy(ddp(pixels), labels)
-        optimizer.zero_grad()
-        loss.backward()
-        optimizer.step()
-        session.step(loss=loss)
+
+    def loss_of(batch: list[torch.Tensor]) -> torch.Tensor:
+        pixels, labels = batch
+        return nn.functional.cross_entropy(ddp(pixels), labels)
+
+    for batch in session.batches(digits(), global_batch=args.batch_size, epochs=args.epochs):
+        session.step(loss=session.optimize(loss_of, batch))
     session.finish()
 
 
