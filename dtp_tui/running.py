@@ -124,7 +124,7 @@ def _next_step(job: Job) -> str:
         case JobState.PAUSED:
             return f"go on: dtp resume {job.name}"
         case JobState.FAILED:
-            return f"what it wrote: dtp logs {job.name}; what happened: dtp events {job.name}"
+            return f"why: dtp show {job.name}; all that it wrote: dtp logs {job.name}"
         case JobState.SUCCEEDED if job.reason is Reason.NO_STEPS:
             return "did it train? a script that uses Session, or torch.distributed, is seen to"
         case _:
