@@ -3,9 +3,10 @@
 from __future__ import annotations
 
 import asyncio
+import contextlib
 import json
 import time
-from collections.abc import AsyncIterator
+from collections.abc import AsyncIterator, Callable
 from concurrent.futures import ThreadPoolExecutor
 from contextlib import asynccontextmanager
 from dataclasses import replace
@@ -244,6 +245,71 @@ async def test_link_carries_messages() -> None:
         theirs.close()
         assert await link.receive() is None
         link.close()
+
+
+class Between:
+    """Passes what a member and its leader tell each other, through `change` on the leader's way."""
+
+    def __init__(self, address: str, change: Callable[[list[bytes]], list[bytes]]) -> None:
+        self._address, self._change = address, change
+        self.over = asyncio.Event()
+
+    async def visit(self, reader: asyncio.StreamReader, writer: asyncio.StreamWriter) -> None:
+        host, _, port = self._address.rpartition(":")
+        theirs, ours = await asyncio.open_connection(host, int(port))
+        with contextlib.suppress(OSError):
+            await asyncio.gather(
+                self._pass_on(theirs, writer, lambda lines: lines[-1:]),
+                self._pass_on(reader, ours, self._change),
+            )
+        self.over.set()
+
+    async def _pass_on(
+        self,
+        reader: asyncio.StreamReader,
+        writer: asyncio.StreamWriter,
+        change: Callable[[list[bytes]], list[bytes]],
+    ) -> None:
+        seen: list[bytes] = []
+        while line := await reader.readline():
+            seen.append(line)
+            writer.writelines(change(seen))
+        writer.close()
+
+
+@pytest.mark.parametrize(
+    "change",
+    [
+        pytest.param(
+            lambda lines: [*lines[-1:], b'{"kind":"Leaving"}\n'][: len(lines)], id="put in"
+        ),
+        pytest.param(lambda lines: lines[-1:] * (2 if len(lines) == 2 else 1), id="repeated"),
+        pytest.param(lambda lines: lines[-1:] if len(lines) != 2 else [], id="left out"),
+        pytest.param(lambda lines: [lines[-1].replace(b"1", b"2", len(lines) - 1)], id="changed"),
+    ],
+)
+async def test_nobody_speaks_in_between(change: Callable[[list[bytes]], list[bytes]]) -> None:
+    """A line that is put in, repeated, left out or changed after the proofs ends the connection:
+    what was not said is never heard."""
+    said = [Beat(generation=11, steps={"0": step}) for step in (1, 11, 111)]
+    async with door() as (address, accepted):
+        between = Between(address, change)
+        server = await asyncio.start_server(between.visit, "127.0.0.1", 0)
+        host, port = server.sockets[0].getsockname()
+        reader, writer = await asyncio.open_connection(host, port)
+        seals = await links._introduce(reader, writer, "s", f"abc.a1 {address}")
+        member, leader = Link(reader, writer, seals), await accepted.get()
+        for message in said:
+            member.send(message)
+        heard = []
+        while (message := await leader.receive()) is not None:
+            heard.append(message)
+        assert heard == said[: len(heard)]
+        assert len(heard) < len(said)
+        leader.abort()
+        member.abort()
+        await between.over.wait()
+        server.close()
 
 
 @pytest.mark.parametrize(("secret", "scope"), [("guess", "abc.a1"), ("s", "abc.a2")])

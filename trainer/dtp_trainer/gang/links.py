@@ -2,6 +2,8 @@
 
 Each side proves that it knows the attempt's secret by an HMAC over both sides' nonces, its role
 (so that no answer can be reflected) and the address (so that none can be relayed elsewhere).
+Then every line carries an HMAC over its number and itself, with a key of this connection and
+direction: whoever sits in between can cut the connection, and say nothing.
 """
 
 from __future__ import annotations
@@ -10,8 +12,10 @@ import asyncio
 import hashlib
 import hmac
 import json
+import logging
 import secrets
 from collections.abc import Mapping
+from dataclasses import dataclass
 
 from dtp_trainer.gang.messages import Malformed, Message, decode, encode
 from dtp_trainer.wire import Launch
@@ -20,6 +24,8 @@ from dtp_trainer.worker import steady
 HANDSHAKE_S = 5.0
 CONNECT_S = 3.0
 LONGEST_LINE = 1 << 20
+
+log = logging.getLogger("dtp.gang")
 
 
 class Unreachable(Exception):
@@ -43,23 +49,52 @@ def scope_of(launch: Launch) -> str:
     return f"{launch.job_id}.a{launch.attempt}"
 
 
+class _Seal:
+    """Of the lines of one direction; each is sealed or checked once, in order."""
+
+    def __init__(self, key: str) -> None:
+        self._key = key.encode()
+        self._number = 0
+
+    def over(self, line: bytes) -> bytes:
+        numbered = self._number.to_bytes(8, "big") + line
+        self._number += 1
+        return hmac.digest(self._key, numbered, "sha256").hex().encode()
+
+
+@dataclass(frozen=True, slots=True)
+class _Seals:
+    ours: _Seal
+    theirs: _Seal
+
+
 class Link:
     """One side of an authenticated connection; `send` never waits."""
 
-    def __init__(self, reader: asyncio.StreamReader, writer: asyncio.StreamWriter) -> None:
+    def __init__(
+        self, reader: asyncio.StreamReader, writer: asyncio.StreamWriter, seals: _Seals
+    ) -> None:
         self._reader, self._writer = reader, writer
+        self._seals = seals
         self.heard_at = steady.now()
 
     def send(self, message: Message) -> None:
         """Nothing happens when the other side is gone: `receive` tells."""
         if not self._writer.is_closing():
-            self._writer.write(encode(message))
+            line = encode(message)
+            self._writer.write(self._seals.ours.over(line) + b" " + line)
 
     async def receive(self) -> Message | None:
-        """None when the connection ended, for whatever reason."""
+        """None when the connection ended, for whatever reason, or is not ours alone any more."""
         try:
-            line = await self._reader.readline()
-            message = decode(line) if line.endswith(b"\n") else None
+            sealed = await self._reader.readline()
+            seal, _, line = sealed.partition(b" ")
+            if not line.endswith(b"\n"):
+                return None
+            if not hmac.compare_digest(seal, self._seals.theirs.over(line)):
+                log.warning("a line of somebody else's was in a connection of the gang: it is cut")
+                return None
+            message = decode(line)
         except (OSError, ValueError, Malformed):
             return None
         self.heard_at = steady.now()
@@ -90,14 +125,14 @@ async def connect(address: str, *, secret: str, scope: str) -> Link:
         raise Unreachable(f"cannot reach {address}: {error or 'no answer'}") from error
     try:
         async with asyncio.timeout(HANDSHAKE_S):
-            await _introduce(reader, writer, secret, f"{scope} {address}")
+            seals = await _introduce(reader, writer, secret, f"{scope} {address}")
     except (OSError, ValueError) as error:
         writer.transport.abort()
         raise Unreachable(f"{address} does not answer as a leader does: {error}") from error
     except BaseException:
         writer.transport.abort()
         raise
-    return Link(reader, writer)
+    return Link(reader, writer, seals)
 
 
 async def accept(
@@ -115,19 +150,19 @@ async def accept(
     """
     try:
         async with asyncio.timeout(HANDSHAKE_S):
-            await _challenge(reader, writer, secret, f"{scope} {address}")
+            seals = await _challenge(reader, writer, secret, f"{scope} {address}")
     except (OSError, ValueError) as error:
         writer.transport.abort()
         raise Impostor(f"a connection that is not one of ours: {error}") from error
     except BaseException:
         writer.close()
         raise
-    return Link(reader, writer)
+    return Link(reader, writer, seals)
 
 
 async def _introduce(
     reader: asyncio.StreamReader, writer: asyncio.StreamWriter, secret: str, scope: str
-) -> None:
+) -> _Seals:
     theirs = (await _read(reader))["nonce"]
     ours = secrets.token_hex(16)
     _write(writer, {"nonce": ours, "proof": _proof(secret, "member", scope, theirs, ours)})
@@ -136,11 +171,13 @@ async def _introduce(
         raise Refused(answer["refused"])
     if not _matches(answer.get("proof"), _proof(secret, "leader", scope, theirs, ours)):
         raise Impostor("whoever answers at the leader's address does not know the secret")
+    leaders, members = _seals(secret, scope, theirs, ours)
+    return _Seals(ours=members, theirs=leaders)
 
 
 async def _challenge(
     reader: asyncio.StreamReader, writer: asyncio.StreamWriter, secret: str, scope: str
-) -> None:
+) -> _Seals:
     ours = secrets.token_hex(16)
     _write(writer, {"nonce": ours})
     answer = await _read(reader)
@@ -149,6 +186,19 @@ async def _challenge(
         _write(writer, {"refused": "wrong secret"})
         raise Impostor("a worker with another secret was refused")
     _write(writer, {"proof": _proof(secret, "leader", scope, ours, theirs)})
+    leaders, members = _seals(secret, scope, ours, theirs)
+    return _Seals(ours=leaders, theirs=members)
+
+
+def _seals(secret: str, scope: str, leaders: str, members: str) -> tuple[_Seal, _Seal]:
+    """Of the leader's lines and of the member's; the nonces make the keys those of this connection
+    alone."""
+    keys = (
+        _proof(secret, f"lines of the {role}", scope, leaders, members)
+        for role in ("leader", "member")
+    )
+    first, second = keys
+    return _Seal(first), _Seal(second)
 
 
 def _proof(secret: str, role: str, scope: str, leaders: str, members: str) -> str:
