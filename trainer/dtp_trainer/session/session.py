@@ -16,15 +16,12 @@ import contextlib
 import os
 from collections.abc import Iterator, Mapping
 from contextlib import AbstractContextManager
-from dataclasses import replace
-from types import TracebackType
 from typing import Any, Self
 
 import torch
 from torch import Tensor, nn
 from torch.optim import Optimizer
 
-from dtp_trainer.checkpoints.checkpoint import LoadedCheckpoint
 from dtp_trainer.options import Options, Precision, of_job
 from dtp_trainer.sampler import Lanes, SamplerError
 from dtp_trainer.session import course, parallel
@@ -32,16 +29,17 @@ from dtp_trainer.session.agreement import Decision, Leave
 from dtp_trainer.session.distributed import join
 from dtp_trainer.session.efficiency import Efficiency
 from dtp_trainer.session.feed import Feed
-from dtp_trainer.session.keeper import Kept, Snapshot, open_keeper
+from dtp_trainer.session.keeper import Kept, open_keeper
+from dtp_trainer.session.learner import learner
 from dtp_trainer.session.loader import Collate, Dataset
 from dtp_trainer.session.phases import Phases
 from dtp_trainer.session.profiling import Profiling
 from dtp_trainer.session.rehearsal import Rehearsal
-from dtp_trainer.session.sharded import shard
-from dtp_trainer.session.state import Stateful, TrainingState, unwrapped
+from dtp_trainer.session.standing import Standing
+from dtp_trainer.session.state import Stateful
 from dtp_trainer.session.stop import Paused, SessionError, StopRequest
-from dtp_trainer.session.telemetry import Position, Telemetry, Value, say, say_warnings
-from dtp_trainer.session.update import LossOf, Update
+from dtp_trainer.session.telemetry import Telemetry, Value, say, say_warnings
+from dtp_trainer.session.update import LossOf
 from dtp_trainer.storage import StorageError
 from dtp_trainer.wire import Env, ExitCode
 
@@ -55,8 +53,6 @@ class Session:
     loads the newest good checkpoint into what it is given.
     """
 
-    global_step: int
-    """Steps completed since the job began, over all attempts."""
     options: Options
     """How a step is computed: the script's choice, overruled by the job file's ``training``."""
 
@@ -72,39 +68,42 @@ class Session:
         """`state` names further objects with `state_dict` and `load_state_dict`, the same on every
         rank (an average of the weights, say). `scheduler.step` is called by `optimize`. Ends the
         script with one line when the checkpoint does not fit."""
-        self.global_step = 0
         self.options = _chosen(options)
-        self._course: course.Course | course.OwnLoop = course.OwnLoop()
         self._feed: Feed | None = None
-        self._loaded: LoadedCheckpoint | None = None
         self._steps_ended = 0
         self._over = False
         self._stop = StopRequest()
         say_warnings()
-        if os.environ.get(Env.STORAGE) and not self._stop.listen():
-            say("Session was made outside the main thread, so this rank cannot hear a pause")
+        _listen(self._stop)
         with _starting(self._stop):
             with self._stop.leaving_at_once():
                 self._world = join()
                 self._telemetry = Telemetry(self.rank, self.world_size)
                 self._profiling, self._rehearsal = Profiling(self.rank), Rehearsal()
-                parallel.prepare(model, optimizer, self.options, self.device)
-                model.to(self.device)
-                self._compression = parallel.Compression(model, self.options)
-                self._update = Update(
-                    model, optimizer, scheduler, self.options, self._world, self._telemetry
+                made = learner(
+                    model,
+                    optimizer,
+                    scheduler,
+                    state or {},
+                    options=self.options,
+                    world=self._world,
+                    telemetry=self._telemetry,
                 )
-                kept = {**(state or {}), **self._update.states(), **self._compression.states()}
-                own = self._compression.own_states()
-                sharded = shard(unwrapped(model), optimizer, kept, self.options, self._world)
-                self._state = TrainingState(model, sharded, scheduler, kept, self._world, own)
-                self._keeper = open_keeper(self._world, self._stop, sharded.part)
-                self._resume()
+                self._update, self._compression = made.update, made.compression
+                keeper = open_keeper(self._world, self._stop, made.part)
+                self._standing = Standing(
+                    made.state, self._update.guard, keeper, self._telemetry, self._world
+                )
+                self._standing.resume()
             self._leave_if_asked()
         self._watch = Phases(self.device)
         self._watch.follow_optimizer(optimizer)
         self._efficiency = Efficiency(self.device, self.world_size, self.options)
-        self._first_step = self.global_step + 1
+
+    @property
+    def global_step(self) -> int:
+        """Steps completed since the job began, over all attempts."""
+        return self._standing.step
 
     @property
     def rank(self) -> int:
@@ -121,12 +120,12 @@ class Session:
     @property
     def at_epoch_end(self) -> bool:
         """In the loop's body, before `step`: this batch is the last of its epoch."""
-        return self._course.ends_epoch(self.global_step + 1)
+        return self._standing.course.ends_epoch(self.global_step + 1)
 
     def every(self, steps: int) -> bool:
         """In the loop's body, before `step`: this is an n-th step, or the last one."""
         step = self.global_step + 1
-        return step % steps == 0 or self._course.ends(step)
+        return step % steps == 0 or self._standing.course.ends(step)
 
     def ddp(self, model: nn.Module, **options: Any) -> nn.Module:
         """The model for the forward pass: wrapped for gradients to be averaged, or itself when
@@ -164,14 +163,11 @@ class Session:
         with _fitting():
             lanes = Lanes(len(dataset), global_batch, seed)
             planned = course.plan(lanes, self.world_size, epochs=epochs, steps=steps)
-            if self._loaded is not None and "epoch" in self._loaded.data_state:
-                lanes.position(self._loaded.data_state)
-        self._course = planned
+            self._standing.walk(planned)
         prefetch = self.options.prefetch if ahead is None else ahead
         self._feed = Feed(dataset, planned, self._world, collate=collate, ahead=prefetch)
         self._leave_if_asked()
-        if self._loaded is not None:
-            self._state.load_random(self._loaded)
+        self._standing.fed_by(self._feed)
         self._watch.lap()
         with contextlib.closing(self._feed) as feed:
             while self.global_step < planned.total_steps:
@@ -191,8 +187,7 @@ class Session:
         try:
             return self._update.make(self.global_step + 1, loss_of, batch)
         except SessionError:
-            if self._keeper is not None:
-                self._keeper.last_word()
+            self._standing.last_word()
             raise
 
     def step(
@@ -208,13 +203,13 @@ class Session:
         self._steps_ended += 1
         if self._update.guard.wants_back and self._go_back():
             return
-        self.global_step += 1
+        self._standing.step += 1
         self._telemetry.sample(values)
-        decision = self._decide()
+        decision = self._standing.decide()
         self._checkpoint(decision)
-        if self.global_step == self._first_step:
+        if self._standing.is_at_first:
             self._world.wait_briefly()
-        position = self._position(samples, tokens)
+        position = self._standing.position(samples, tokens)
         seconds = self._watch.lap()
         self._telemetry.keep(self._efficiency.ended(position, seconds["step"]))
         self._telemetry.step(position, seconds)
@@ -256,126 +251,66 @@ class Session:
         """The last checkpoint, the last values, and out of the process group. Twice is once."""
         if self._over:
             return
-        kept = Kept.YES
-        if self._keeper is not None:
-            kept = self._keeper.commit(self.global_step, self._snapshot)
-        self._end(kept)
+        self._end(self._standing.commit())
 
     def __enter__(self) -> Self:
         return self
 
-    def __exit__(
-        self,
-        kind: type[BaseException] | None,
-        _error: BaseException | None,
-        _traceback: TracebackType | None,
-    ) -> None:
+    def __exit__(self, kind: type[BaseException] | None, *_error: object) -> None:
         if kind is None:
             self.finish()
         elif not self._over:
             self._telemetry.close()
 
-    def _resume(self) -> None:
-        loaded = self._keeper.newest() if self._keeper else None
-        if loaded is not None:
-            self._stand_at(loaded)
-            self._tell(f"resumed from step {loaded.step} of generation {loaded.entry.generation}")
-
     def _go_back(self) -> bool:
-        """To the newest checkpoint; False where there is none, and the step is only left out."""
-        if self._feed is not None:
-            self._feed.close()
         with _starting(self._stop):
-            loaded = self._keeper.go_back() if self._keeper and self._feed else None
-            self._update.guard.went_back(loaded.step if loaded else None)
-            if loaded is not None:
-                self._stand_at(loaded)
-                self._tell(f"went back to step {loaded.step}")
+            went = self._standing.go_back()
         self._watch.lap()
-        return loaded is not None
-
-    def _stand_at(self, loaded: LoadedCheckpoint) -> None:
-        self._loaded = replace(loaded, shared={})  # not held beside the model for ever
-        self._state.load(loaded)
-        self._state.load_random(loaded)
-        self._update.guard.load(loaded.data_state)
-        self.global_step = loaded.step
-
-    def _tell(self, text: str) -> None:
-        if self.rank == 0:
-            say(text)
-
-    def _decide(self) -> Decision:
-        if self._keeper is None:
-            return Decision()
-        step = self.global_step
-        ends_epoch, ends = self._course.ends_epoch(step), self._course.ends(step)
-        return self._keeper.decide(step, epoch_end=ends_epoch, last=ends)
+        return went
 
     def _checkpoint(self, decision: Decision) -> None:
-        if self._keeper is None or decision.leave is not Leave.NO:
+        if decision.leave is not Leave.NO:
             return
         if decision.checkpoint:
             with self._watch.phase("checkpoint"):
-                self._keeper.save(self._snapshot())
-        elif self.global_step == self._first_step:
-            self._keeper.prepare(self._state.bundle())
-
-    def _snapshot(self) -> Snapshot:
-        step = self.global_step
-        return Snapshot(
-            bundle=self._state.bundle(),
-            step=step,
-            epoch=self._course.epoch(step),
-            values=self._telemetry.values,
-            data_state={**self._course.state(step), **self._update.guard.state()},
-        )
-
-    def _position(self, samples: int | None, tokens: int | None) -> Position:
-        return Position(
-            step=self.global_step,
-            epoch=self._course.epoch(self.global_step),
-            total_steps=self._course.total_steps,
-            samples=self._course.samples if samples is None else samples,
-            tokens=tokens,
-        )
+                self._standing.save()
+        elif self._standing.is_at_first:
+            self._standing.make_room()
 
     def _leave_if_asked(self) -> None:
         """Where no step was taken since the resume point, so there is nothing to keep."""
-        if self._keeper is not None:
-            leave = self._keeper.leave_now(self.global_step)
-            if leave is not Leave.NO:
-                self._leave(leave)
+        leave = self._standing.leave_now()
+        if leave is not Leave.NO:
+            self._leave(leave)
 
     def _leave(self, leave: Leave) -> None:
-        kept = Kept.FENCED
-        if leave is Leave.PAUSED and self._keeper is not None:
-            kept = self._keeper.commit(self.global_step, self._snapshot)
-        self._end(kept)
+        self._end(self._standing.commit() if leave is Leave.PAUSED else Kept.FENCED)
         raise Paused
 
     def _end_early(self, why: str) -> None:
         """Well, and with nothing kept."""
-        self._tell(why)
-        if self._keeper is not None:
-            self._keeper.settle()
+        self._standing.tell(why)
+        self._standing.settle()
         self._end(Kept.YES)
         raise SystemExit(int(ExitCode.SUCCEEDED))
 
     def _end(self, kept: Kept) -> None:
         """Close all; ends the script when its state could not be kept."""
         self._over = True
-        if self._feed is not None:
-            self._feed.close()
+        self._standing.stop_feeding()
         self._profiling.close()
         self._telemetry.close()
         if kept is Kept.FENCED:
             raise SystemExit(int(ExitCode.FENCED))
-        if self._keeper is not None:
-            self._keeper.close()
+        self._standing.close()
         self._world.leave()
         if kept is Kept.NO:
             raise SessionError(f"what was trained up to step {self.global_step} could not be kept")
+
+
+def _listen(stop: StopRequest) -> None:
+    if os.environ.get(Env.STORAGE) and not stop.listen():
+        say("Session was made outside the main thread, so this rank cannot hear a pause")
 
 
 def _chosen(options: Options | None) -> Options:
