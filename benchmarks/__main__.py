@@ -7,7 +7,16 @@ import importlib
 import os
 import sys
 
-NAMES = ("commands", "launch", "recovery", "scale", "overhead", "checkpoint")
+NAMES = (
+    "commands",
+    "launch",
+    "recovery",
+    "scale",
+    "overhead",
+    "efficiency",
+    "gpu",
+    "checkpoint",
+)
 
 
 def main() -> None:
