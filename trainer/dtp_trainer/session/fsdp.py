@@ -2,13 +2,14 @@
 
 from __future__ import annotations
 
+import functools
 from itertools import chain
 from typing import Any
 
 import torch
 import torch.distributed as dist
 from torch import Tensor, nn
-from torch.distributed.device_mesh import init_device_mesh
+from torch.distributed.device_mesh import DeviceMesh, init_device_mesh
 from torch.distributed.fsdp import MixedPrecisionPolicy, fully_shard
 from torch.distributed.tensor import DTensor, Shard
 from torch.optim import Optimizer
@@ -150,12 +151,18 @@ def _piece(tensor: Any) -> Piece:
 
 def _rows(tensor: Any) -> tuple[int, int]:
     """Where this rank's rows begin and end, as `torch.chunk` cuts."""
-    rows, mesh = tensor.shape[0], tensor.device_mesh
-    chunk, rank = -(-rows // mesh.size()), mesh.get_local_rank()
+    rows, (rank, ranks) = tensor.shape[0], _seat(tensor.device_mesh)
+    chunk = -(-rows // ranks)
     start, stop = min(rank * chunk, rows), min((rank + 1) * chunk, rows)
     if _held(tensor).shape[0] != stop - start:
-        raise UnsupportedState(f"torch deals {rows} rows to {mesh.size()} ranks in an unknown way")
+        raise UnsupportedState(f"torch deals {rows} rows to {ranks} ranks in an unknown way")
     return start, stop
+
+
+@functools.cache
+def _seat(mesh: DeviceMesh) -> tuple[int, int]:
+    """This rank of how many. A mesh takes longer to say than all the rest of a piece."""
+    return mesh.get_local_rank(), mesh.size()
 
 
 def _held(tensor: Any) -> Tensor:

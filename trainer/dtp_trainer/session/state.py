@@ -61,7 +61,8 @@ class TrainingState:
 
     def bundle(self) -> StateBundle:
         """By reference; a collective, for every rank at the same step."""
-        model = {**self._model_state.state_dict(), **self._buffers()}
+        model = self._model_state.state_dict()
+        model = {**model, **self._buffers(model)}
         shared = {name: item.state_dict() for name, item in self._objects.items()}
         own = {name: item.state_dict() for name, item in self._own.items()}
         own["random"] = randomness.capture(self._world.device)
@@ -88,12 +89,11 @@ class TrainingState:
         else:
             randomness.restore(loaded.own["random"], self._world.device)
 
-    def _buffers(self) -> dict[str, Tensor]:
+    def _buffers(self, kept: Mapping[str, Any]) -> dict[str, Tensor]:
         """Rank 0's, as DDP has it: running statistics of other ranks differ until the next forward
         pass overwrites them, and a checkpoint mixes the shares of all ranks."""
         if self._world.size == 1:
             return {}
-        kept = self._model.state_dict()
         named = {name: b for name, b in self._model.named_buffers() if name in kept}
         by_type: dict[torch.dtype, dict[str, Tensor]] = {}
         for name, buffer in named.items():

@@ -227,19 +227,19 @@ def _like(memory: Tensor, parameter: Tensor) -> Tensor:
 class _Described:
     shape: tuple[int, ...]
     dtype: torch.dtype
-    stride: tuple[int, ...]
+    stride: tuple[int, ...] | None
+    """Where it is not contiguous."""
 
 
 def _described(tensor: Tensor) -> _Described:
-    return _Described(tuple(tensor.shape), tensor.dtype, tensor.stride())
+    stride = None if tensor.is_contiguous() else tensor.stride()
+    return _Described(tuple(tensor.shape), tensor.dtype, stride)
 
 
 def _in_pieces(described: Any, values: Any) -> Any:
     """`values` where this rank has them, and else only what is known of their shapes."""
     if isinstance(described, _Described):
-        dense = torch.empty_strided(described.shape, described.stride, device="meta")
-        stride = None if dense.is_contiguous() else described.stride
-        return Piece(described.shape, described.dtype, 0, values, stride)
+        return Piece(described.shape, described.dtype, 0, values, described.stride)
     if isinstance(described, dict):
         own = values or {}
         return {key: _in_pieces(item, own.get(key)) for key, item in described.items()}
