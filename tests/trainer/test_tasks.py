@@ -195,6 +195,15 @@ def test_the_language_model_has_the_size_that_was_asked_for() -> None:
     assert Language(Size(context=16)).tokens_per_sample == 16
 
 
+def test_a_tasks_operations_are_known() -> None:
+    """Of a sample, forward and backward: 6 a weight and byte, and what attention adds."""
+    size = Size(layers=1, width=32, heads=2, context=16)
+    weights = 32 * (3 * 32 + 32 + 2 * 4 * 32) + 32 * 256
+    attention = 12 * 32 * 16
+    assert Language(size).flops == pytest.approx(16 * (6 * weights + attention), rel=0.02)
+    assert Vision().flops == pytest.approx(25e6, rel=0.02)
+
+
 def test_a_schedule_rises_and_then_falls_as_its_name_says() -> None:
     """The factor of the highest rate, at the beginning, at the top, in the middle and at the
     end."""
@@ -295,7 +304,7 @@ def test_a_damaged_idx_file_is_named(
 
 
 @pytest.mark.slow
-@pytest.mark.parametrize(("model", "epochs"), [("cnn", 15), ("resnet", 6)])
+@pytest.mark.parametrize(("model", "epochs"), [("cnn", 10), ("resnet", 8)])
 def test_the_digits_are_learnt(steps: Path, model: str, epochs: int) -> None:
     """97 % of the test images and more."""
     train.main(["vision", "--model", model, "--epochs", str(epochs)])
@@ -309,5 +318,6 @@ def test_the_text_is_learnt(steps: Path) -> None:
     _, counts = np.unique(corpora.text(), return_counts=True)
     shares = counts / counts.sum()
     entropy = float(-(shares * np.log(shares)).sum())
-    train.main(["language", "--steps", "150", "--warmup", "20", "--lr", "3e-3"])
+    small = ["--layers", "2", "--context", "32", "--global-batch", "48"]
+    train.main(["language", "--steps", "150", "--warmup", "20", "--lr", "1e-3", *small])
     assert last_values(steps)["test_loss"] < 0.8 * entropy

@@ -35,6 +35,7 @@ def main(argv: Sequence[str]) -> None:
         model=model, optimizer=optimizer, scheduler=scheduler, state={"patience": patience}
     ) as session:
         ddp = session.ddp(model)
+        session.flops(per_sample=task.flops)
         tokens = args.global_batch * task.tokens_per_sample or None
         for batch in session.batches(
             task.train, global_batch=args.global_batch, steps=total, seed=args.seed

@@ -25,7 +25,7 @@ from torch.optim import Optimizer
 from dtp_trainer.options import Options, Precision, of_job
 from dtp_trainer.sampler import Lanes, SamplerError
 from dtp_trainer.session import course, parallel
-from dtp_trainer.session.agreement import Decision, Leave
+from dtp_trainer.session.agreement import Leave
 from dtp_trainer.session.distributed import join
 from dtp_trainer.session.efficiency import Efficiency
 from dtp_trainer.session.feed import Feed
@@ -206,7 +206,7 @@ class Session:
         self._standing.step += 1
         self._telemetry.sample(values)
         decision = self._standing.decide()
-        self._checkpoint(decision)
+        self._standing.checkpoint(decision, self._watch)
         if self._standing.is_at_first:
             self._world.wait_briefly()
         position = self._standing.position(samples, tokens)
@@ -268,15 +268,6 @@ class Session:
         self._watch.lap()
         return went
 
-    def _checkpoint(self, decision: Decision) -> None:
-        if decision.leave is not Leave.NO:
-            return
-        if decision.checkpoint:
-            with self._watch.phase("checkpoint"):
-                self._standing.save()
-        elif self._standing.is_at_first:
-            self._standing.make_room()
-
     def _leave_if_asked(self) -> None:
         """Where no step was taken since the resume point, so there is nothing to keep."""
         leave = self._standing.leave_now()
@@ -289,8 +280,7 @@ class Session:
 
     def _end_early(self, why: str) -> None:
         """Well, and with nothing kept."""
-        self._standing.tell(why)
-        self._standing.settle()
+        self._standing.settle(why)
         self._end(Kept.YES)
         raise SystemExit(int(ExitCode.SUCCEEDED))
 

@@ -11,6 +11,7 @@ from dtp_trainer.session.distributed import World
 from dtp_trainer.session.feed import Feed
 from dtp_trainer.session.guard import Guard
 from dtp_trainer.session.keeper import Keeper, Kept, Snapshot
+from dtp_trainer.session.phases import Phases
 from dtp_trainer.session.state import TrainingState
 from dtp_trainer.session.telemetry import Position, Telemetry, say
 
@@ -85,21 +86,24 @@ class Standing:
     def leave_now(self) -> Leave:
         return self._keeper.leave_now(self.step) if self._keeper else Leave.NO
 
-    def save(self) -> None:
-        """In the background."""
-        if self._keeper is not None:
-            self._keeper.save(self._snapshot())
-
-    def make_room(self) -> None:
-        """For later checkpoints, once the optimizer has its state."""
-        if self._keeper is not None:
+    def checkpoint(self, decision: Decision, watch: Phases) -> None:
+        """In the background, where it was decided; after the first step only make room for later
+        ones, as the optimizer has its state by then."""
+        if self._keeper is None or decision.leave is not Leave.NO:
+            return
+        if decision.checkpoint:
+            with watch.phase("checkpoint"):
+                self._keeper.save(self._snapshot())
+        elif self.is_at_first:
             self._keeper.prepare(self._state.bundle())
 
     def commit(self) -> Kept:
         """Until the newest step is in a checkpoint."""
         return self._keeper.commit(self.step, self._snapshot) if self._keeper else Kept.YES
 
-    def settle(self) -> None:
+    def settle(self, why: str) -> None:
+        """Keep nothing more, and tell why."""
+        self.tell(why)
         if self._keeper is not None:
             self._keeper.settle()
 

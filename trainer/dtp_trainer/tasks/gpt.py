@@ -25,6 +25,14 @@ class Size:
         if self.width % self.heads:
             raise ValueError(f"--width {self.width} cannot be dealt to --heads {self.heads}")
 
+    @property
+    def flops(self) -> float:
+        """Of a sample, forward and backward: 6 a byte for each weight of a product, and those of
+        attention between all places."""
+        weights = 12 * self.layers * self.width**2 + self.width * _VOCABULARY
+        between = 12 * self.layers * self.width * self.context
+        return float(self.context * (6 * weights + between))
+
 
 class Gpt(nn.Module):
     """Bytes (batch, time), time at most the context → logits (batch, time, 256)."""

@@ -42,7 +42,7 @@ class Language:
 
     def __init__(self, size: Size | None = None) -> None:
         self._size = size or Size()
-        self.tokens_per_sample = self._size.context
+        self.tokens_per_sample, self.flops = self._size.context, self._size.flops
         text = torch.from_numpy(corpora.text().copy())
         cut = len(text) - len(text) // 20
         self.train = Windows(text[:cut], self._size.context)
