@@ -49,6 +49,7 @@ def strike(notes: Notes, kill: Callable[[], None], series: Series) -> bool:
         series.hangs += 1
         return False
     series.seconds.append(formed - killed)
+    notes.clear()  # of what the old ranks wrote until they died
     return True
 
 
