@@ -28,7 +28,9 @@ def command(
     out: Annotated[
         Path | None,
         typer.Option(
-            metavar="PATH", help="A file, or a folder for several.", show_default="the current one"
+            metavar="PATH",
+            help="A file, or a folder for several; else the current one.",
+            show_default=False,
         ),
     ] = None,
     wait: Annotated[

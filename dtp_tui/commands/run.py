@@ -44,7 +44,7 @@ def command(  # noqa: PLR0913 - one parameter an option
         typer.Option(
             metavar="N",
             min=1,
-            help="End well after N steps of the Session, with nothing kept.",
+            help="End well after N steps of the Session, without a last checkpoint.",
             show_default=False,
         ),
     ] = None,
