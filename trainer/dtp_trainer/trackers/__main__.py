@@ -51,9 +51,11 @@ class Tracking:
 
     def hear(self, record: wire.Record) -> None:
         match record:
-            case wire.Window():
+            case wire.Window(rank=0):
                 for item in self._course.window(record):
                     self._give(item)
+            case wire.Window():
+                pass  # of another worker, about the same steps
             case wire.Host():
                 self._give_machines(self._course.host(record))
             case wire.GangEvent():
