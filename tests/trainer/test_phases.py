@@ -5,6 +5,7 @@ from __future__ import annotations
 import copy
 import pickle
 import time
+from itertools import pairwise
 from typing import Any
 
 import pytest
@@ -12,7 +13,7 @@ import torch
 from torch import Tensor, nn
 
 from dtp_trainer.session.exchange import Exchange
-from dtp_trainer.session.phases import Phases, _Hook
+from dtp_trainer.session.phases import FORGET_AFTER_LAPS, READ_AFTER_LAPS, Phases, _Hook
 
 CPU = torch.device("cpu")
 LONG_S = 0.03
@@ -202,6 +203,73 @@ def test_about_four_steps_a_second_are_measured(step_s: float, rates: list[int])
 def test_a_hook_of_a_copy_does_nothing() -> None:
     """It holds nothing that could keep the original alive."""
     assert copy.copy(_Hook(lambda: None))._call is None
+
+
+class Late:
+    """A device that comes past marks when it is told to; they are as far apart as their numbers."""
+
+    def __init__(self) -> None:
+        self.made = self.passed = 0
+        self.reused: list[int] = []
+
+    def mark(self) -> int:
+        self.made += 1
+        return self.made
+
+    def seconds(self, marks: list[int]) -> list[float] | None:
+        if marks[-1] > self.passed:
+            return None
+        return [float(after - before) for before, after in pairwise(marks)]
+
+    def reuse(self, marks: list[int]) -> None:
+        self.reused += marks
+
+
+@pytest.fixture
+def late() -> tuple[Phases, Late]:
+    phases = Phases(CPU)
+    clock = Late()
+    phases._clock, phases._read_after = clock, READ_AFTER_LAPS  # type: ignore[assignment]
+    phases._borders = [("other", clock.mark())]
+    return phases, clock
+
+
+def lap(phases: Phases, name: str) -> dict[str, float]:
+    with phases.phase(name):
+        pass
+    return phases.lap()
+
+
+def test_a_device_is_read_two_steps_later(late: tuple[Phases, Late]) -> None:
+    """By then it has come past the step, as a rule; each step's own numbers, in their order."""
+    phases, clock = late
+    clock.passed = 1000
+    told = [lap(phases, f"step {number}") for number in range(4)]
+    assert [set(seconds) for seconds in told] == [
+        {"step"},
+        {"step"},
+        {"step", "other", "step 0"},
+        {"step", "other", "step 1"},
+    ]
+
+
+def test_a_device_that_is_behind_is_not_waited_for(late: tuple[Phases, Late]) -> None:
+    """Its steps are told once it has come past them; a mark is used again only after that."""
+    phases, clock = late
+    assert all(set(lap(phases, "forward")) == {"step"} for _ in range(5))
+    assert clock.reused == []
+    clock.passed = clock.made
+    assert "forward" in lap(phases, "forward")
+    assert clock.reused == sorted(clock.reused)
+    assert max(clock.reused) < clock.passed
+
+
+def test_a_device_that_never_comes_past_costs_no_memory(late: tuple[Phases, Late]) -> None:
+    """Steps that nobody could read are forgotten."""
+    phases, _ = late
+    for _ in range(100):
+        lap(phases, "forward")
+    assert len(phases._laps) <= FORGET_AFTER_LAPS
 
 
 @pytest.mark.gpu
