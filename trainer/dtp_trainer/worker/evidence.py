@@ -99,7 +99,7 @@ class Evidence:
     async def _ask_native(self, py_spy: str, rank: int, pids: Sequence[int]) -> None:
         for pid in pids:
             asked = await asyncio.create_subprocess_exec(
-                *(py_spy, "dump", "--native", "--nonblocking", "--pid", str(pid)),
+                *(py_spy, "dump", "--native", "--pid", str(pid)),
                 stdin=asyncio.subprocess.DEVNULL,
                 stdout=asyncio.subprocess.PIPE,
                 stderr=asyncio.subprocess.DEVNULL,
