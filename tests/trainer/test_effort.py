@@ -2,11 +2,15 @@
 
 from __future__ import annotations
 
+from dataclasses import replace
 from itertools import pairwise
 
 from dtp_trainer.gang import effort
 from dtp_trainer.gang.effort import KEPT, Ledger, Loss
-from dtp_trainer.gang.messages import Effort
+from dtp_trainer.gang.messages import Beat, Effort
+from dtp_trainer.gang.state import Committed, Said
+from dtp_trainer.wire import CheckpointEntry
+from tests.trainer.test_gang import RULES, Table
 
 
 def trained(ledger: Ledger, began: int, *steps: tuple[int, float]) -> tuple[Ledger, Loss | None]:
@@ -74,3 +78,24 @@ def test_a_long_generation_is_kept_short() -> None:
     assert len(ledger.points) <= KEPT + 1
     assert all(a.step < b.step and a.seconds < b.seconds for a, b in pairwise(ledger.points))
     assert ledger.between(1000, 4999) == (4999 - 1000) * 0.5
+
+
+def failed_after(step: int, *, saved: int) -> str:
+    """What is said at the end of a gang of one rank, whose step takes 0.1 s, without a budget."""
+    table = Table(replace(RULES, error_budget=0), wished=1)
+    table.run(0)
+    beat = Beat(1, {"0": step}, reporting=True, effort=Effort(0, step, step / 10))
+    table.feed(Said(0, beat))
+    if saved:
+        entry = CheckpointEntry(f"step-{saved:06d}.g0001", saved, 1, 1, 1, 0.0, 100)
+        table.feed(Committed(entry))
+    table.exits(0, 1, error="ValueError: bad batch", step=step)
+    assert table.state.detail == "rank 0 failed: ValueError: bad batch"
+    return table.state.chronicle.events[-1].text.removeprefix(table.state.detail)
+
+
+def test_a_failure_that_ends_the_gang_says_what_is_lost() -> None:
+    """Steps and seconds behind the newest checkpoint, or that there is none."""
+    assert failed_after(130, saved=120) == "; 10 steps, 1.0 s of training since step 120 are lost"
+    assert failed_after(3, saved=0) == "; no checkpoint holds its 3 steps, 0.3 s of training"
+    assert failed_after(120, saved=120) == ""
