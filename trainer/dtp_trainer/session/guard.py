@@ -28,6 +28,15 @@ RETURNS_TO_A_CHECKPOINT = 3
 _NAN, _INFINITE = 1, 2
 
 
+class Unsound(SessionError):
+    """All ranks end, at the same step."""
+
+    def __init__(self, text: str, *, own: bool = True) -> None:
+        """`own`: it may be this rank's fault, and is not known to be another's."""
+        super().__init__(text)
+        self.own = own
+
+
 class Finding(Enum):
     """What becomes of a step."""
 
@@ -82,7 +91,8 @@ class Guard:
         flaws = self._world.maximum(_placed(_flaw(loss.item()), self._world))
         if may_overflow and not any(flaws):
             return Finding.OVERFLOW
-        self._act(step, f"step {step}: {_told(flaws)}")
+        own = bool(flaws[self._world.rank]) or not any(flaws)
+        self._act(step, f"step {step}: {_told(flaws)}", own=own)
         return Finding.LEFT_OUT
 
     def went_back(self, step: int | None) -> None:
@@ -93,7 +103,7 @@ class Guard:
         self._returns = [*(s for s in self._returns if s == step), step]
         if len(self._returns) > RETURNS_TO_A_CHECKPOINT:
             unsound = _listed(self._left_out[-len(self._returns) :])
-            raise SessionError(
+            raise Unsound(
                 f"step {self._left_out[-1]}: not finite again after {RETURNS_TO_A_CHECKPOINT} "
                 f"returns to the checkpoint of step {step}; lower the learning rate, or look at "
                 f"the data of steps {unsound}"
@@ -108,21 +118,23 @@ class Guard:
         kept = {*map(int, state.get("left_out", ())), *self._left_out}
         self._left_out = sorted(kept)
 
-    def _act(self, step: int, what: str) -> None:
+    def _act(self, step: int, what: str, *, own: bool) -> None:
         match self._mode:
             case NonFinite.IGNORE:
                 pass
             case NonFinite.STOP:
-                raise SessionError(
-                    f"{what}; the weights are untouched. To go on without such steps: "
-                    "training: {non_finite: skip} or rollback"
+                raise Unsound(
+                    f"{what}; the weights are untouched (training: {{non_finite: skip}} would go "
+                    "on without the step)",
+                    own=own,
                 )
             case NonFinite.SKIP:
                 self._leave_out(step, what)
                 self._streak.append(step)
                 if len(self._streak) > SKIPS_IN_A_ROW:
-                    raise SessionError(
-                        f"{what}; so were the {SKIPS_IN_A_ROW} steps before it, so the job ends"
+                    raise Unsound(
+                        f"{what}; so were the {SKIPS_IN_A_ROW} steps before it, so the job ends",
+                        own=own,
                     )
             case NonFinite.ROLLBACK:
                 self._leave_out(step, what)

@@ -29,6 +29,7 @@ from dtp_trainer.session.agreement import Leave
 from dtp_trainer.session.distributed import join
 from dtp_trainer.session.efficiency import Efficiency
 from dtp_trainer.session.feed import Feed
+from dtp_trainer.session.guard import Unsound
 from dtp_trainer.session.keeper import Kept, open_keeper
 from dtp_trainer.session.learner import learner
 from dtp_trainer.session.loader import Collate, Dataset
@@ -177,15 +178,16 @@ class Session:
                     raise RuntimeError("call session.step() once for each batch")
 
     def optimize(self, loss_of: LossOf, batch: Any) -> Tensor:
-        """One step of the optimizer on this rank's share of a batch, as the options say; returns
-        the share's mean loss, detached.
+        """One step of the optimizer, as the options say; this rank's mean loss, detached.
 
-        `loss_of` computes the mean loss of a batch or of a part of one, with the model that `ddp`
-        gave. Calls it, `backward`, `optimizer.step`, `scheduler.step` and sets the gradients to
-        None. Reports ``lr`` and ``grad_norm``.
+        `loss_of` computes the mean loss of a batch or of a part of one, with the model of `ddp`. It
+        is followed by `backward`, `optimizer.step`, `scheduler.step`; gradients are set to None.
         """
         try:
             return self._update.make(self.global_step + 1, loss_of, batch)
+        except Unsound as error:
+            self._standing.end_together(own=error.own)
+            raise
         except SessionError:
             self._standing.last_word()
             raise
@@ -249,9 +251,8 @@ class Session:
 
     def finish(self) -> None:
         """The last checkpoint, the last values, and out of the process group. Twice is once."""
-        if self._over:
-            return
-        self._end(self._standing.commit())
+        if not self._over:
+            self._end(self._standing.commit())
 
     def __enter__(self) -> Self:
         return self

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import contextlib
 from dataclasses import replace
 
 from dtp_trainer.checkpoints.checkpoint import LoadedCheckpoint
@@ -108,9 +109,18 @@ class Standing:
             self._keeper.settle()
 
     def last_word(self) -> None:
-        """For a rank that ends by itself: what is being written of it is still written."""
+        """For a rank that ends by itself: its share of what is being written is still written."""
         if self._keeper is not None:
             self._keeper.last_word()
+
+    def end_together(self, *, own: bool) -> None:
+        """For all ranks at the same step: a checkpoint that is being written is still committed,
+        and the ranks whose fault it is (`own`) leave first, so that one of them is named."""
+        if self._keeper is not None:
+            self._keeper.settle()
+        if not own:
+            with contextlib.suppress(RuntimeError):  # raised when a rank that left is missed
+                self._world.maximum([0])
 
     def stop_feeding(self) -> None:
         if self._feed is not None:
