@@ -23,8 +23,8 @@ FRAMES = 5
 _FRAME = re.compile(r'\s+File "(?P<file>.*)", line (?P<line>\d+) in (?P<name>.+)')
 _PACKAGES = re.compile(r".*/(site|dist)-packages/")
 _CAUSE = re.compile(
-    r"(?:failed|did not begin|same failure at step \d+): "
-    r"(.*?)(?:; (?:next try|all \d+|the only).*)?$"
+    r"(?:(?:failed|did not begin|same failure at step \d+): |(?=rank \d+ (?:is behind|waits in)))"
+    r"(.*?)(?:; (?:next try|all \d+ retries|the only retry|no checkpoint holds).*)?$"
 )
 _SHORTEST_CAUSE = 12
 """Characters; a shorter one, such as "exit code 3", is no burden twice."""
@@ -159,6 +159,8 @@ def cause_of(text: str) -> str:
     """
     >>> cause_of("rank 3 failed: ValueError: bad lr (train.py:12); the only retry is used")
     'ValueError: bad lr (train.py:12)'
+    >>> cause_of("worker 0 is gone: rank 1 is behind: it stands in load (x.py:8)")
+    'rank 1 is behind: it stands in load (x.py:8)'
     """
     found = _CAUSE.search(text)
     return found[1] if found else ""
@@ -170,13 +172,18 @@ def _heading(out: Output, title: str) -> None:
 
 
 def _say(out: Output, line: str, *, indent: int = 2) -> None:
-    """A line of others, on a terminal no wider than it."""
-    space = " " * indent
-    text = harmless(line)
-    width = terminal_width() - indent if out.terminal else len(text)
-    if len(text) <= width:
-        out.say(f"{space}{text}")
-        return
+    """A line of others."""
+    for part in folded(out, harmless(line), indent=indent):
+        out.say(f"{' ' * indent}{part}")
+
+
+def folded(out: Output, text: str, *, indent: int) -> list[str]:
+    """On a terminal no wider than it, behind an indent; what goes on is indented further."""
+    width = terminal_width() - indent
+    if not out.terminal or len(text) <= width:
+        return [text]
     inner = " " * (len(text) - len(text.lstrip()) + 2)
-    for part in textwrap.wrap(text, width, subsequent_indent=inner, drop_whitespace=False):
-        out.say(f"{space}{part}".rstrip())
+    parts = textwrap.wrap(
+        text, width, subsequent_indent=inner, drop_whitespace=False, break_on_hyphens=False
+    )
+    return [part.rstrip() for part in parts]

@@ -117,6 +117,7 @@ def _print_summary(out: Output, view: JobView) -> None:
     from datetime import UTC, datetime
 
     from dtp_tui import labels
+    from dtp_tui.postmortem import folded
 
     job, gang = view.job, view.gang
     now = datetime.now(UTC)
@@ -133,8 +134,8 @@ def _print_summary(out: Output, view: JobView) -> None:
         "exit code": "" if job.exit_code is None else f"{job.exit_code} of the failing rank",
     }
     for name, fact in facts.items():
-        if fact:
-            out.say(f"  {name:<10} {fact}")
+        for at, part in enumerate(folded(out, fact, indent=13) if fact else ()):
+            out.say(f"  {'' if at else name:<10} {part}")
 
 
 def _progress(view: JobView) -> str:
