@@ -68,7 +68,7 @@ class Ranks:
             variables = {key: str(value) for key, value in own.items()}
             spec = RankSpec((sys.executable, str(SCRIPT)), variables, str(self.notes))
             ranks.append(await self._launcher.start(spec))
-        return await asyncio.wait_for(_codes(ranks), 90)
+        return await asyncio.wait_for(_codes(ranks), 240)
 
     def _kept(self) -> dict[str, object]:
         return {
@@ -328,6 +328,7 @@ SETS: Mapping[str, tuple[int, dict[str, Any]]] = {
 
 
 @pytest.mark.slow
+@pytest.mark.timeout(300)
 @pytest.mark.parametrize("name", SETS)
 async def test_interrupted_losses_are_the_uninterrupted_ones_to_the_bit(
     tmp_path: Path, launcher: RankLauncher, name: str
@@ -357,6 +358,7 @@ SCALED: Mapping[str, tuple[dict[str, Any], float]] = {
 
 
 @pytest.mark.slow
+@pytest.mark.timeout(300)
 @pytest.mark.parametrize("name", SCALED)
 async def test_scaled_losses_are_the_unscaled_ones_to_rounding(
     tmp_path: Path, launcher: RankLauncher, name: str
