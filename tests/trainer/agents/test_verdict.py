@@ -53,9 +53,7 @@ def test_verdict_of_real_ranks(job: Job, case: str, verdict: str, phase: str) ->
     (job.work / "slow.py").write_text(SCRIPT)
     job.options = {"env": {}, "workers": 2, "command": ["python", "slow.py", case]}
     workers = job.launch(0, 1)
-    job.until(lambda: (gang := job.gang()) and gang.verdict == verdict, timeout=60)
-    gang = job.gang()
-    assert gang is not None
+    gang = job.until(lambda: (seen := job.gang()) and seen.verdict == verdict and seen, timeout=60)
     assert gang.step_s is not None
     assert gang.step_s > 0.15
     assert sum(gang.phases.values()) == pytest.approx(1, abs=0.01)

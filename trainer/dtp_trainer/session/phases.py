@@ -135,12 +135,15 @@ class Phases:
         it, and none until there is one.
         """
         now = time.perf_counter()
-        seconds = {STEP: now - self._started - self._evaluated_s}
+        wall = now - self._started - self._evaluated_s
         self._started, self._evaluated_s = now, 0.0
         self._laps.append(self._borders)
         self._borders, self._now = [], OTHER
         self._enter(OTHER)
-        return seconds | self._parted(self._read(), seconds[STEP])
+        phases = self._read()
+        # Of the same step, they are its time to the last digit.
+        step_s = wall if self._read_after else sum(phases.values()) - phases.get(EVALUATE, 0.0)
+        return {STEP: step_s, **self._parted(phases, step_s)}
 
     def _parted(self, phases: dict[str, float], step_s: float) -> dict[str, float]:
         """With what the backward pass waited for other ranks as a phase of its own."""
