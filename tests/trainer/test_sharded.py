@@ -55,7 +55,7 @@ class Job:
         }
         ranks = [await self._start({**shared, "RANK": r, "LOCAL_RANK": r}) for r in range(world)]
         texts = asyncio.gather(*(rank.stderr.read() for rank in ranks))
-        codes = await asyncio.wait_for(asyncio.gather(*(rank.wait() for rank in ranks)), 60)
+        codes = await asyncio.wait_for(asyncio.gather(*(rank.wait() for rank in ranks)), 120)
         self.err = b"".join(await texts).decode()
         assert "Traceback" not in self.err, self.err
         return list(codes)
@@ -98,7 +98,7 @@ def free_port() -> int:
 
 
 def close(a: list[float], b: list[float]) -> bool:
-    return len(a) == len(b) and all(map(lambda x, y: math.isclose(x, y, rel_tol=2e-4), a, b))
+    return len(a) == len(b) and all(map(lambda x, y: math.isclose(x, y, rel_tol=2e-5), a, b))
 
 
 @pytest.fixture(scope="module")

@@ -65,6 +65,9 @@ class NonFinite(StrEnum):
 _FORGIVING = (NonFinite.SKIP, NonFinite.ROLLBACK)
 
 
+_OF_DDP = {"bucket_mb", "static_graph", "gradient_as_bucket_view", "comm_hook"}
+
+
 @dataclass(frozen=True, slots=True)
 class Options:
     """The defaults change nothing of what the plain script computes."""
@@ -108,6 +111,16 @@ class Options:
                 "comm_hook: powersgd does not go with precision: fp16: what it remembers of a step "
                 "that overflowed would spoil all later ones; use bf16"
             )
+
+        if self.shard is Shard.EVERYTHING:
+            self._check_without_ddp()
+
+    def _check_without_ddp(self) -> None:
+        chosen = {f.name for f in dataclasses.fields(self) if getattr(self, f.name) != f.default}
+        for name in sorted(chosen & _OF_DDP):
+            raise ValueError(f"{name}: is of DDP, which shard: everything does without")
+        if self.channels_last:
+            raise ValueError("channels_last: does not go with shard: everything, which cuts rows")
 
     def to_dict(self) -> dict[str, Any]:
         """Only what differs from the defaults."""

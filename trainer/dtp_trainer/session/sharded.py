@@ -16,7 +16,7 @@ from torch.nn.parameter import is_lazy
 from torch.optim import LBFGS, Optimizer
 
 from dtp_trainer.checkpoints.pieces import Piece
-from dtp_trainer.options import CommHook, Options, Shard
+from dtp_trainer.options import Options, Shard
 from dtp_trainer.session.distributed import World
 from dtp_trainer.session.state import Sharded, Stateful
 from dtp_trainer.session.stop import SessionError
@@ -79,7 +79,7 @@ def mapped(value: Any, change: Callable[[Any], Any]) -> Any:
 def _check(
     model: nn.Module, optimizer: Optimizer, others: Mapping[str, Stateful], options: Options
 ) -> None:
-    for refused in (_of_optimizer(optimizer), _of_model(model), _of_options(others, options)):
+    for refused in (_of_optimizer(optimizer), _of_model(model), _of_others(others, options)):
         if refused:
             raise SessionError(f"training.shard: {options.shard} {refused}")
 
@@ -105,19 +105,10 @@ def _of_model(model: nn.Module) -> str | None:
     return None
 
 
-def _of_options(others: Mapping[str, Stateful], options: Options) -> str | None:
-    """DDP's knobs turn nothing where there is no DDP."""
+def _of_others(others: Mapping[str, Stateful], options: Options) -> str | None:
     if options.shard is not Shard.EVERYTHING:
         return None
     second = [name for name, item in others.items() if isinstance(item, Optimizer)]
     if second:
         return f"works with one optimizer, but state has another one: {second[0]}"
-    knobs = {
-        "channels_last": options.channels_last,
-        "comm_hook": options.comm_hook is not CommHook.OFF,
-        "static_graph": options.static_graph,
-        "bucket_mb": options.bucket_mb is not None,
-        "gradient_as_bucket_view": options.gradient_as_bucket_view,
-    }
-    chosen = [name for name, is_set in knobs.items() if is_set]
-    return f"does not go together with training.{chosen[0]}" if chosen else None
+    return None
