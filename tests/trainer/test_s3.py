@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import os
 import re
+import signal
 import socket
 import subprocess
 import sys
@@ -208,6 +209,7 @@ def test_a_forked_process_makes_its_own_client(s3: S3Storage) -> None:
     with s3_module._CLIENTS._lock:
         pid = os.fork()
         if pid == 0:
+            signal.alarm(20)  # a child that waits for ever must not outlive the test
             same = id(s3._client) == mine
             s3.write("k", b"child")
             os._exit(int(same))
