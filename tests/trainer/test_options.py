@@ -21,12 +21,7 @@ from torch import nn
 
 from dtp_trainer import wire
 from dtp_trainer.checkpoints.heads import raise_generation
-from dtp_trainer.options import (
-    CommHook,
-    Compile,
-    Options,
-    Shard,
-)
+from dtp_trainer.options import Compile, Options
 from dtp_trainer.ranks.launcher import RankLauncher, RankProcess, RankSpec
 from dtp_trainer.session import Session, parallel
 from dtp_trainer.storage import FileStorage
@@ -217,7 +212,6 @@ def network() -> nn.Module:
         (Options(channels_last=True), "channels_last: the model has no 2-d convolutions"),
         (Options(activation_checkpointing=True), "finds no repeated blocks"),
         (Options(fused_optimizer=True), "Rprop has no fused kernel"),
-        (Options(shard=Shard.EVERYTHING, comm_hook=CommHook.BF16), "comm_hook"),
     ],
 )
 def test_an_option_that_cannot_do_what_it_says_ends_the_script(

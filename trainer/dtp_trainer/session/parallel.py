@@ -26,7 +26,7 @@ from dtp_trainer.session.state import Stateful
 from dtp_trainer.session.stop import SessionError
 
 _FUSED = (Adam, AdamW, SGD)
-_SETTLED_WITH = {"bucket_cap_mb", "gradient_as_bucket_view", "device_ids"}
+_SETTLED_WITH = {"bucket_cap_mb", "gradient_as_bucket_view"}
 
 
 def prepare(model: nn.Module, optimizer: Optimizer, options: Options, device: torch.device) -> None:
