@@ -10,6 +10,7 @@ import socket
 import statistics
 import subprocess
 import sys
+import tempfile
 import time
 from collections.abc import Callable, Iterator, Sequence
 from dataclasses import dataclass
@@ -89,27 +90,38 @@ def _note(row: Sequence[str]) -> Note:
     return Note(int(row[0]), int(row[1]), float(row[2]), int(row[3]))
 
 
-class Dtp:
-    """The product as its users have it: the command line, a controller, agents."""
+class Home:
+    """A state folder; its controller and warm process serve one job after another."""
 
-    def __init__(self, folder: Path, nodes: str, script: Path = SCRIPT) -> None:
+    def __init__(self, folder: Path) -> None:
+        self.path = folder / "home"
+
+    def close(self) -> None:
+        leave(self.path)
+
+
+class Dtp:
+    """A job of the product as its users have it: the command line, a controller, agents."""
+
+    def __init__(self, home: Home, nodes: str, script: Path = SCRIPT) -> None:
+        folder = Path(tempfile.mkdtemp(dir=home.path.parent, prefix="job"))
         self.notes = Notes(folder)
-        self._home = folder / "home"
+        self._home, self._name = home.path, folder.name.replace("_", "-")
         self._env = {**os.environ, "DTP_HOME": str(self._home)}
-        job = folder / "elastic.yaml"
+        job = folder / "job.yaml"
         job.write_text(
-            f"name: elastic\nnodes: {nodes}\nworkdir: {script.parent}\nrun: python {script.name}\n"
+            f"name: {self._name}\nnodes: {nodes}\n"
+            f"workdir: {script.parent}\nrun: python {script.name}\n"
             f"resources: {{cpus: 0.25}}\nenv: {{BENCH_FILE: {self.notes.base}}}\n"
             "checkpoint: {every: 50 steps}\nretry: {on_errors: 1000}\n"
         )
         self._dtp("run", "--detach", str(job), check=True)
 
     def scale(self, workers: int) -> None:
-        self._dtp("scale", "elastic", str(workers), check=True)
+        self._dtp("scale", self._name, str(workers), check=True)
 
     def gang(self) -> dict[str, Any]:
-        (path,) = self._home.glob("storage/jobs/*/gang.json")
-        found: dict[str, Any] = json.loads(path.read_text())
+        found: dict[str, Any] = json.loads((self._storage() / "gang.json").read_text())
         return found
 
     def event(self, name: str, after: float) -> float | None:
@@ -118,23 +130,26 @@ class Dtp:
         return max(told, default=None)
 
     def storage(self) -> str:
-        (path,) = self._home.glob("storage/jobs/*")
-        return path.as_uri()
+        return self._storage().as_uri()
 
     def agent(self, *, leader: bool) -> int:
         """Process number of the leader's agent, or of another one."""
         gang = self.gang()
         others = [m["worker"] for m in gang["members"] if m["worker"] != gang["leader"]]
         worker = gang["leader"] if leader else others[0]
-        claims = self._home.glob(f"workers/*/w{worker}/claim")
+        claims = self._home.glob(f"workers/{self._storage().name}.*/w{worker}/claim")
         newest = max(claims, key=lambda path: path.stat().st_mtime)
         pid: int = json.loads(newest.read_text())["pid"]
         return pid
 
     def close(self) -> None:
         for verb in ("kill", "wait"):
-            self._dtp(verb, "elastic", check=False)
-        leave(self._home)
+            self._dtp(verb, self._name, check=False)
+
+    def _storage(self) -> Path:
+        """Of the newest job, which is this one."""
+        gangs = self._home.glob("storage/jobs/*/gang.json")
+        return max(gangs, key=lambda path: path.stat().st_mtime).parent
 
     def _dtp(self, *words: str, check: bool) -> None:
         subprocess.run([str(BIN / "dtp"), *words], env=self._env, check=check, capture_output=True)

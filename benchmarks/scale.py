@@ -11,7 +11,7 @@ from collections.abc import Sequence
 from pathlib import Path
 from typing import Any
 
-from benchmarks.elastic import HANG_S, Dtp, Note, Torchrun, figures, running
+from benchmarks.elastic import HANG_S, Dtp, Home, Note, Torchrun, figures, running
 from benchmarks.measure import save
 
 ROUNDS = {"dtp": 8, "torchrun": 3}
@@ -69,7 +69,7 @@ def note(
 
 def dtp(folder: Path) -> dict[str, Changes]:
     found = {"2 -> 3": Changes(), "3 -> 2": Changes()}
-    with running(lambda: Dtp(folder, "1..3")) as job:
+    with running(lambda: Home(folder)) as home, running(lambda: Dtp(home, "1..3")) as job:
         before = settled(job, 3, found["2 -> 3"])
         for number in range(2 * ROUNDS["dtp"]):
             size, sign = (2, "3 -> 2") if number % 2 == 0 else (3, "2 -> 3")
