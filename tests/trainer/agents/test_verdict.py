@@ -80,7 +80,7 @@ def test_a_worker_prints_one_window_a_second_however_many_ranks_and_steps(job: J
     (worker,) = job.launch(0, workers=1, nproc_per_node=4, command=["python", "busy.py"])
     assert worker.ended() == 0
     windows, hosts = worker.windows(), [r for r in worker.log() if hasattr(r, "cpu_percent")]
-    assert sum(window.steps for window in windows) == 3000
+    assert sum(window.steps for window in windows if window.rank == 0) == 3000
     lasted = windows[-1].at - windows[0].at
     assert len(windows) <= lasted + 3
     assert len(hosts) <= lasted + 5
