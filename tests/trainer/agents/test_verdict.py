@@ -64,6 +64,7 @@ def test_verdict_of_real_ranks(job: Job, case: str, verdict: str, phase: str) ->
     assert job.codes() == [75, 75]
 
 
+@pytest.mark.slow
 def test_a_worker_prints_one_window_a_second_however_many_ranks_and_steps(job: Job) -> None:
     """Four ranks with a thousand steps each are a line a second, and no more than one a second of
     the machine."""
