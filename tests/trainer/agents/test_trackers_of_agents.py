@@ -87,15 +87,15 @@ def grows(steps: list[float]) -> bool:
 def test_one_run_over_a_pause(job: Job) -> None:
     """Paused and resumed, W&B has one run id and TensorBoard one curve; steps only grow, the
     configuration is there, and nothing lies in the working folder."""
-    first = job.train(1, "--steps", "200", **ALL)
-    job.until(lambda: job.stepped(1))
-    job.until(lambda: len(first[0].windows()) > 1)
+    first = job.train(1, "--steps", "100000", grace_s=40.0, **ALL)
+    job.until(lambda: wandb_files(job))
     first[0].ask()
     assert job.codes() == [75]
     paused = logged(wandb_files(job)[0])
     assert paused, first[0].texts()
 
-    again = job.launch(0, attempt=2, command=["python", "train.py", "--steps", "250"])
+    end = first[0].windows()[-1].step + 60
+    again = job.launch(0, attempt=2, command=["python", "train.py", "--steps", str(end)])
     assert again[0].ended() == 0
     files = wandb_files(job)
     assert len(files) == 2
@@ -109,9 +109,9 @@ def test_one_run_over_a_pause(job: Job) -> None:
     assert grows([row["_step"] for file in files for row in logged(file)])
 
     steps = [point.step for point in curves(job).Scalars("loss")]
-    assert steps[-1] == 250
+    assert steps[-1] == end
     assert grows(steps)
-    assert "text_summary" in curves(job).Tags()["tensors"][0] or curves(job).Tags()["tensors"]
+    assert curves(job).Tags()["tensors"] == ["config"]
     assert {path.name for path in job.work.iterdir()} == {"train.py"}
     assert any(text.startswith("dtp: W&B: offline (no WANDB_API_KEY)") for text in first[0].texts())
 
@@ -119,13 +119,13 @@ def test_one_run_over_a_pause(job: Job) -> None:
 @pytest.mark.slow
 def test_steps_trained_again_are_logged_once(job: Job) -> None:
     """A rank that fails and starts over leaves curves that only go forward, to the end."""
-    workers = job.train(1, "--steps", "90", "--fail", "0:60:1", **ALL)
+    workers = job.train(1, "--steps", "200", "--fail", "0:150:1", **ALL)
     assert job.codes() == [0]
     (file,) = wandb_files(job)
     assert grows([row["step"] for row in logged(file)]), workers[0].texts()
     steps = [point.step for point in curves(job).Scalars("loss")]
     assert grows(steps)
-    assert steps[-1] == 90
+    assert steps[-1] == 200
     generations = [point.value for point in curves(job).Scalars("job/generation")]
     assert set(generations) == {2.0}
 
@@ -134,7 +134,7 @@ def test_steps_trained_again_are_logged_once(job: Job) -> None:
 def test_a_tracker_that_dies_or_hangs_is_no_business_of_the_job(job: Job) -> None:
     """Its process killed and its successor frozen, the job ends with 0 at its own pace, says what
     happened, and leaves no process."""
-    (worker,) = job.train(1, "--steps", "200", grace_s=4.0, **ALL)
+    (worker,) = job.train(1, "--steps", "100000", grace_s=4.0, **ALL)
     first = job.until(lambda: side_process(worker))
     job.until(worker.windows)
     first.kill()

@@ -9,8 +9,9 @@ from __future__ import annotations
 import contextlib
 import json
 import time
+from collections.abc import Callable
 from dataclasses import dataclass, replace
-from typing import Any, TypeAlias
+from typing import TypeAlias
 
 from dtp_trainer.storage import Conflict, NotFound, Storage, StorageError
 
@@ -55,7 +56,7 @@ class Turn:
             Superseded: a newer process has the turn.
             StorageError: nobody can tell.
         """
-        before = self._change(lambda book: replace(book, holder=self._token))[0]
+        before = self._change(lambda book: replace(book, holder=self._token))
         deadline = time.monotonic() + self._wait_s
         book = before
         while book.left < before.holder and time.monotonic() < deadline:
@@ -76,24 +77,23 @@ class Turn:
 
     def leave(self, standing: Standing) -> None:
         """The files are closed. Raises `StorageError`."""
-        own = self._token
-        try:
-            self._change(lambda book: replace(book, left=own, standing=standing))
-        except Superseded:
-            self._change(lambda book: replace(book, left=max(book.left, own)), own=False)
 
-    def _change(self, change: Any, *, own: bool = True) -> tuple[_Book, _Book]:
-        """The book before and after."""
+        def left(book: _Book) -> _Book:
+            return replace(book, left=max(book.left, self._token), standing=standing)
+
+        self._change(left, own=False)
+
+    def _change(self, change: Callable[[_Book], _Book], *, own: bool = True) -> _Book:
+        """The book as it was before. With `own`, only while no newer process has the turn."""
         for _ in range(_TRIES):
             book, tag = self._read()
             if own and book.holder > self._token:
                 raise Superseded
-            new = change(book)
             try:
-                self._storage.write_if(KEY, _encode(new), tag=tag)
+                self._storage.write_if(KEY, _encode(change(book)), tag=tag)
             except Conflict:
                 continue
-            return book, new
+            return book
         raise StorageError(f"{KEY} is changed by others again and again")
 
     def _read(self) -> tuple[_Book, str | None]:

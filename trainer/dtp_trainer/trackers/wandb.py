@@ -103,6 +103,7 @@ class WeightsAndBiases:
             run = self._init(mode, why)
         except Exception as error:  # noqa: BLE001 - a key that is wrong, a network that is not there
             first = (str(error).splitlines() or [type(error).__name__])[0]
+            _forget()
             return self._init("offline", f"its server cannot be used: {first}")
         self._say(f"W&B: {run.url}")
         return run
@@ -168,7 +169,7 @@ def _settings(root: Path) -> dict[str, Any]:
         "root_dir": str(root),
         "silent": True,
         "console": "off",
-        "init_timeout": CONNECT_S,
+        "init_timeout": float(os.environ.get("WANDB_INIT_TIMEOUT") or CONNECT_S),
         "symlink": False,
         "disable_git": True,
         "disable_code": True,
@@ -178,6 +179,13 @@ def _settings(root: Path) -> dict[str, Any]:
         "x_disable_machine_info": True,
         "x_save_requirements": False,
     }
+
+
+def _forget() -> None:
+    """W&B's own process goes on with a run that could not be begun, and keeps its id in use."""
+    import wandb  # noqa: PLC0415 - heavy
+
+    wandb.teardown()
 
 
 def _has_key() -> bool:
