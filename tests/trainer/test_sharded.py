@@ -15,11 +15,15 @@ from typing import Any
 
 import pytest
 import torch
+from hypothesis import given, settings
+from hypothesis import strategies as st
+from torch import nn
 
 from dtp_trainer import wire
 from dtp_trainer.checkpoints.checkpoint import load
 from dtp_trainer.checkpoints.heads import raise_generation, read_head
 from dtp_trainer.ranks.launcher import RankLauncher, RankProcess, RankSpec
+from dtp_trainer.session.zero1 import _Shelf, deal
 from dtp_trainer.storage import FileStorage
 
 SCRIPT = Path(__file__).parent / "scripts" / "blocks.py"
@@ -234,3 +238,32 @@ async def test_the_file_of_one_rank_is_not_enough(
     assert await job.run(2, shard) == [0, 0], job.err
     assert f"{newest.name}/rank-00001-of-00002.safetensors has sha256" in job.err
     assert "resumed from step 4" in job.err
+
+
+@settings(max_examples=50)
+@given(st.lists(st.lists(st.integers(0, 90), max_size=9), max_size=3), st.integers(1, 5))
+def test_parameters_are_dealt_evenly(groups: list[list[int]], world: int) -> None:
+    """No rank has more than the least loaded one by more than the largest parameter."""
+    owners = deal(groups, world)
+    loads = [0] * world
+    for sizes, ranks in zip(groups, owners, strict=True):
+        for size, rank in zip(sizes, ranks, strict=True):
+            loads[rank] += size
+    assert max(loads) - min(loads) <= max((size for sizes in groups for size in sizes), default=0)
+
+
+def test_what_one_owner_broadcasts_lies_side_by_side() -> None:
+    """Parameters move into one buffer with their values and layouts, and what a script puts
+    elsewhere later is taken in again."""
+    nets = nn.Conv2d(3, 4, 3).to(memory_format=torch.channels_last), nn.Linear(3, 5)
+    parameters = [p for net in nets for p in net.parameters()]
+    before = [(p.detach().clone(), p.stride()) for p in parameters]
+    shelf = _Shelf(0, list(parameters))
+    for parameter, (value, stride) in zip(parameters, before, strict=True):
+        assert torch.equal(parameter, value)
+        assert parameter.stride() == stride
+        assert parameter.data_ptr() % 64 == 0
+    parameters[2].data = torch.full((5, 3), 7.0)
+    shelf.settle()
+    shelf.memory.fill_(0)
+    assert all(not p.any() for p in parameters)

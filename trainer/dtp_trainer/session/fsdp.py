@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import functools
+from collections.abc import Iterable
 from itertools import chain
 from typing import Any
 
@@ -35,11 +36,12 @@ def cut(model: nn.Module, optimizer: Optimizer, options: Options, world: World) 
     """Replace the parameters of `model` by this rank's rows of them, in the optimizer too.
 
     Each repeated block is gathered by itself when its turn comes, the rest with the whole model.
+    What is not on its device yet moves there block by block, as it is cut.
     Ends the script with one line where torch or the optimizer refuses.
     """
     before = {id(p): name for name, p in model.named_parameters()}
     _check_known(optimizer, before)
-    _spread(list(chain(model.parameters(), model.buffers())))
+    _spread(chain(model.parameters(), model.buffers()), world)
     mesh = init_device_mesh(world.device.type, (world.size,))
     try:
         for module in (*repeated_blocks(model), model):
@@ -49,7 +51,7 @@ def cut(model: nn.Module, optimizer: Optimizer, options: Options, world: World) 
         raise SessionError(f"training.shard: everything cannot cut this model: {line}") from None
     _adopt(optimizer, before, dict(model.named_parameters(remove_duplicate=False)))
     if any(True for _ in model.buffers()):
-        model.register_forward_pre_hook(_follow_first)
+        model.register_forward_pre_hook(functools.partial(_follow_first, world))
     return Sharded(CutModel(model), CutOptimizer(optimizer), _part(model, optimizer))
 
 
@@ -117,19 +119,19 @@ def _adopt(optimizer: Optimizer, names: dict[int, str], parameters: dict[str, Te
         optimizer.state[new] = _values_like(optimizer.state.pop(old), new)
 
 
-def _spread(tensors: list[Tensor]) -> None:
+def _spread(tensors: Iterable[Tensor], world: World) -> None:
     """Rank 0's values to all ranks, as DDP does when it is made; a collective."""
     for tensor in tensors:
         copy = tensor.detach().contiguous().reshape(-1).view(torch.uint8)
-        dist.broadcast(copy, src=0)
+        dist.broadcast(copy, src=0, group=world.agreement if copy.is_cpu else None)
         if not tensor.is_contiguous():
             tensor.detach().copy_(copy.view(tensor.dtype).reshape(tensor.shape))
 
 
-def _follow_first(model: nn.Module, _args: object) -> None:
+def _follow_first(world: World, model: nn.Module, _args: object) -> None:
     """Running statistics of rank 0 on all ranks, as DDP has it before each forward pass."""
     if model.training:
-        _spread(list(model.buffers()))
+        _spread(model.buffers(), world)
 
 
 # --------------------------------------------------------------------------------------- the rows

@@ -12,7 +12,7 @@ from dtp_trainer.checkpoints.pieces import Part
 from dtp_trainer.options import Options
 from dtp_trainer.session import parallel
 from dtp_trainer.session.distributed import World
-from dtp_trainer.session.sharded import shard
+from dtp_trainer.session.sharded import moves_in_parts, shard
 from dtp_trainer.session.state import Stateful, TrainingState, unwrapped
 from dtp_trainer.session.telemetry import Telemetry
 from dtp_trainer.session.update import Update
@@ -39,10 +39,11 @@ def learner(
     telemetry: Telemetry,
 ) -> Learner:
     """In place. The order matters: options that change the model, to the device, then the shards,
-    which need the device's tensors. Ends the script with one line where an option cannot do what it
-    says."""
+    which need the device's tensors or move them. Ends the script with one line where an option
+    cannot do what it says."""
     parallel.prepare(model, optimizer, options, world.device)
-    model.to(world.device)
+    if not moves_in_parts(options, world):
+        model.to(world.device)
     compression = parallel.Compression(model, options)
     update = Update(model, optimizer, scheduler, options, world, telemetry)
     kept = {**others, **update.states(), **compression.states()}

@@ -32,7 +32,7 @@ def shard(
     world: World,
 ) -> Sharded:
     """Cut model and optimizer as the options say, in place; before anything wraps the model, and
-    after it is on its device. One rank alone keeps everything.
+    after it is on its device, unless it `moves_in_parts`. One rank alone keeps everything.
 
     Ends the script with one line where it cannot be done.
     """
@@ -53,6 +53,11 @@ def shard(
             return cut(model, optimizer, options, world)
         case unreachable:
             assert_never(unreachable)
+
+
+def moves_in_parts(options: Options, world: World) -> bool:
+    """The model may not fit its device whole: `shard` moves it, one block at a time."""
+    return options.shard is Shard.EVERYTHING and world.size > 1
 
 
 def parameter_of(name: str) -> int | None:
