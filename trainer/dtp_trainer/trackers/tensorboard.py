@@ -6,6 +6,7 @@ write it by hand costs no import, and lets a bucket, which cannot append, hold f
 
 from __future__ import annotations
 
+import contextlib
 import json
 import os
 import socket
@@ -15,7 +16,7 @@ from collections.abc import Iterable, Mapping
 from pathlib import Path
 from typing import IO
 
-from dtp_trainer.storage import FileStorage, Storage, open_storage
+from dtp_trainer.storage import FileStorage, Storage, StorageError, open_storage
 from dtp_trainer.trackers.tracker import About, Row, Say
 from dtp_trainer.wire import Exit
 
@@ -52,8 +53,10 @@ class TensorBoard:
         """Nothing that it could show."""
 
     def tick(self) -> None:
-        self._job.flush()
-        self._machines.flush()
+        """A bucket that refuses gets all of it at the next try."""
+        with contextlib.suppress(StorageError):
+            self._job.flush()
+            self._machines.flush()
 
     def close(self, ending: Exit | None) -> None:
         self._job.close()
@@ -89,11 +92,11 @@ class EventFile:
         if self._file is not None:
             self._file.flush()
         elif self._fresh and time.monotonic() - self._uploaded_at >= within_s:
-            self._storage.write(self._key, self._buffer)
             self._uploaded_at = time.monotonic()
+            self._storage.write(self._key, self._buffer)
+            self._fresh = False
             if len(self._buffer) > LONGEST_OBJECT:
                 self._begin()
-        self._fresh = False
 
     def close(self) -> None:
         self._fresh = True
