@@ -193,13 +193,19 @@ async def test_before_the_first_checkpoint_a_step_is_only_left_out(
 
 
 @pytest.mark.parametrize(
-    ("mode", "words"),
-    [("skip", "so were the 10 steps before it"), ("rollback", "after 3 returns to the checkpoint")],
+    ("mode", "first", "words"),
+    [
+        ("skip", 7, "so were the 10 steps before it"),
+        ("rollback", 7, "after 3 returns to the checkpoint of step 5"),
+        ("rollback", 1, "so were the 10 steps before it"),
+    ],
 )
-async def test_leniency_ends(job: Job, mode: str, words: str) -> None:
+async def test_leniency_ends(job: Job, mode: str, first: int, words: str) -> None:
     """A job whose every step is unsound is ended with a line that says so."""
-    bad = " ".join(f"0:{step}" for step in range(7, 21))
-    assert await job.run(1, BAD=bad, **training(non_finite=mode)) == [1]
+    env = {"BAD": " ".join(f"0:{step}" for step in range(first, 21)), **training(non_finite=mode)}
+    if first == 1:
+        env[str(wire.Env.CHECKPOINT)] = "{}"
+    assert await job.run(1, **env) == [1]
     assert words in job.err.splitlines()[-1]
 
 

@@ -55,10 +55,10 @@ class Update:
         self._scaler: torch.amp.GradScaler | None = None
         if options.precision is Precision.FP16:
             self._scaler = torch.amp.GradScaler(world.device.type)
-        self._steps = 0
+        self._steps, self._tried = 0, 0
         if self._scaler or self.guard.forgives:
             # The first step's update may be left out; the schedule goes by steps all the same.
-            warnings.filterwarnings("ignore", message="Detected call of `lr_scheduler.step()`")
+            warnings.filterwarnings("ignore", message="Detected call of `lr_scheduler.step")
 
     def states(self) -> dict[str, Stateful]:
         """What a checkpoint holds of it."""
@@ -105,6 +105,7 @@ class Update:
     def _try(self, step: int, loss_of: LossOf, batch: Any) -> Tensor:
         if self._untouched:
             self._untouched.note()
+        self._tried += 1
         loss = self._backward(loss_of, batch)
         finding = self._apply(step, loss)
         if finding is Finding.LEFT_OUT and self._untouched:
@@ -144,7 +145,7 @@ class Update:
 
     def _learning(self, model: DistributedDataParallel) -> bool:
         """DDP learns a static graph in its first step, from backward passes that average."""
-        return model.static_graph and self._steps == 1
+        return model.static_graph and self._tried == 1
 
     def _autocast(self) -> contextlib.AbstractContextManager[object]:
         wanted = _TYPES.get(self._options.precision)
