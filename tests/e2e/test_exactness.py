@@ -93,7 +93,7 @@ def test_three_pauses_leave_the_loss_curve_as_it_was(
     """At the same world size every loss is identical to the bit, dropout included."""
     plain, plain_notes = submit(warm, job_file, "plain", 0.0)
     warm.run("wait", plain)
-    broken, broken_notes = submit(warm, job_file, "broken", 0.1)
+    broken, broken_notes = submit(warm, job_file, "broken", 0.2)
     for step in (15, 35, 60):
         warm.until(past(warm, broken, step), f"step {step}")
         warm.run("pause", broken)
@@ -110,8 +110,8 @@ def test_every_sample_comes_once_an_epoch_at_any_number_of_workers(
     """3 → 1 → 2 workers go on in the middle of an epoch with the same global batches."""
     plain, plain_notes = submit(warm, job_file, "plain", 0.0)
     warm.run("wait", plain)
-    scaled, scaled_notes = submit(warm, job_file, "scaled", 0.1)
-    for step, workers in ((25, 1), (70, 2)):
+    scaled, scaled_notes = submit(warm, job_file, "scaled", 0.2)
+    for step, workers in ((25, 1), (65, 2)):
         warm.until(past(warm, scaled, step), f"step {step}")
         warm.run("scale", scaled, workers)
     warm.run("wait", scaled)
