@@ -29,18 +29,6 @@ if os.environ["RANK"] == "1":
         raise ValueError("the weights have no decoder in them") from error
 time.sleep(60)
 """
-TRAINS = """\
-import torch
-from dtp_trainer.session import Session
-net = torch.nn.Linear(4, 1)
-session = Session(model=net, optimizer=torch.optim.SGD(net.parameters(), lr=0.1))
-model = session.ddp(net)
-for batch in session.batches(torch.randn(64, 4), global_batch=8, epochs=100):
-    loss = model(batch).square().mean()
-    loss.backward()
-    session.step(loss=loss)
-session.finish()
-"""
 
 
 class Terminal:
@@ -108,19 +96,6 @@ def test_debug_needs_a_terminal(cli: Any) -> None:
     assert "needs a terminal" in cli.error("run", "--debug", path)
     assert "--debug" in cli.error("run", "--debug", "--headless", path)
     assert "by name" in cli.error("run", "--debug", "-")
-
-
-def test_a_try_of_some_steps(cli: Any) -> None:
-    """--nproc and --steps make a small job that ends well after so many steps and keeps nothing."""
-    path = cli.job_file(TRAINS, nodes="2..4", nproc_per_node=2)
-    rows = cli.rows("run", path, "--nproc", "1", "--steps", "5")
-    said = [row["text"] for row in rows if row["event"] == "log"]
-    assert rows[-1]["state"] == "SUCCEEDED"
-    assert (rows[-1]["steps"], rows[-1]["checkpoint"]) == (5, None)
-    told = next(text for text in said if "ended after 5 steps, as asked" in text)
-    assert "ms a step" in told
-    assert "samples/s" in told
-    assert cli.rows("show", "hello")[0]["spec"]["nodes"] == "1"
 
 
 def test_a_try_of_a_script_without_steps(cli: Any) -> None:

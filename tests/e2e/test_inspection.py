@@ -13,6 +13,20 @@ pytestmark = [pytest.mark.timeout(300), pytest.mark.slow]
 SCRIPT = (Path(__file__).parent / "scripts" / "skips.py").read_text()
 
 
+TRAINS = """\
+import torch
+from dtp_trainer.session import Session
+net = torch.nn.Linear(4, 1)
+session = Session(model=net, optimizer=torch.optim.SGD(net.parameters(), lr=0.1))
+model = session.ddp(net)
+for batch in session.batches(torch.randn(64, 4), global_batch=8, epochs=100):
+    loss = model(batch).square().mean()
+    loss.backward()
+    session.step(loss=loss)
+session.finish()
+"""
+
+
 @pytest.fixture(scope="module")
 def half() -> dict[str, Any]:
     return {"nodes": 2, "resources": {"cpus": 0.5}}
@@ -78,6 +92,19 @@ def test_a_running_job_is_profiled(
     assert warm.job(path.stem)["generation"] == restarts
     warm.run("kill", path.stem)
     warm.run("wait", path.stem, code=3)
+
+
+def test_a_try_of_some_steps(warm: Any, job_file: Callable[..., Path]) -> None:
+    """--nproc and --steps make a small job that ends well after so many steps and keeps nothing."""
+    path = job_file(TRAINS, name="try", nodes="2..4", nproc_per_node=2)
+    rows = warm.rows("run", path, "--nproc", "1", "--steps", "5")
+    said = [row["text"] for row in rows if row["event"] == "log"]
+    assert rows[-1]["state"] == "SUCCEEDED"
+    assert (rows[-1]["steps"], rows[-1]["checkpoint"]) == (5, None)
+    told = next(text for text in said if "ended after 5 steps, as asked" in text)
+    assert "ms a step" in told
+    assert "samples/s" in told
+    assert warm.job(path.stem)["spec"]["nodes"] == "1"
 
 
 def _refusal(warm: Any, *words: str) -> str:
