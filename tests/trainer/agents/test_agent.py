@@ -165,7 +165,7 @@ def test_term_before_the_gang(job: Job) -> None:
 
 def test_script_that_ignores_term(job: Job) -> None:
     """A script that ignores SIGTERM is killed within the grace, and the worker says so."""
-    (worker,) = job.train(1, "--deaf", "--steps", "10000", grace_s=1.0)
+    (worker,) = job.train(1, "--deaf", "--steps", "10000", grace_s=3.0)
     job.until(lambda: job.stepped(1))
     worker.ask()
     assert worker.ended(10) == wire.ExitCode.PAUSED
