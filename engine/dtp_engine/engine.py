@@ -44,7 +44,7 @@ T = TypeVar("T")
 
 POLL_S = 0.05
 """How often a waiting client looks whether the ledger moved."""
-_CONTEXT_BYTES = 1 << 20
+_CONTEXT_BYTES, _RECENT_ATTEMPTS = 1 << 20, 4
 ANSWER_WITHIN_S = 10.0
 """A controller that starts cold answers in about one second; one that must first wait until the
 lease of a frozen one is over, so long after that."""
@@ -210,7 +210,7 @@ class Engine:
     ) -> AsyncIterator[tuple[int, LogLine]]:
         """(attempt, line) of all attempts or of one, records and text, oldest attempt first.
 
-        With `since` (Unix time) from about then on, and what the newest attempt said just before.
+        With `since` (Unix time) from about then on, and what the last attempts said just before.
         With `follow` it goes on through new attempts and ends when the job is no longer active.
         """
         cursors: dict[int, dict[int, str]] = {}
@@ -220,7 +220,7 @@ class Engine:
             for one in attempts:
                 if attempt in (None, one.number):
                     after = cursors.setdefault(one.number, {})
-                    start = _since(since, is_newest=one is attempts[-1])
+                    start = _since(since, is_recent=one in attempts[-_RECENT_ATTEMPTS:])
                     async for line in _new_lines(self._backend, one, after, start):
                         yield one.number, line
             if not (follow and active):
@@ -343,8 +343,8 @@ async def _moved(
     return now
 
 
-def _since(at: float | None, *, is_newest: bool) -> Since | None:
-    return None if at is None else Since(at, _CONTEXT_BYTES if is_newest else 0)
+def _since(at: float | None, *, is_recent: bool) -> Since | None:
+    return None if at is None else Since(at, _CONTEXT_BYTES if is_recent else 0)
 
 
 async def _new_lines(
