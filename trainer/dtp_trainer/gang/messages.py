@@ -96,7 +96,7 @@ class Effort(_Json):
 
 @dataclasses.dataclass(frozen=True, slots=True)
 class Beat(_Json):
-    """Once a second, and at once with the first step of a generation."""
+    """Once a second, and at once with the first step of a generation and with rank 0's windows."""
 
     nested: ClassVar[Mapping[str, type[_Json]]] = {
         "window": Window,
