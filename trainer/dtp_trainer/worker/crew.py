@@ -9,7 +9,7 @@ import os
 import resource
 import signal
 from collections import deque
-from collections.abc import Callable, Mapping
+from collections.abc import Callable, Iterable, Mapping
 from dataclasses import replace
 from pathlib import Path
 from typing import Any
@@ -120,7 +120,8 @@ class Crew:
             await let_go(self._launcher, at_once=at_once)
             await self._evidence.kept()
         self._fold()
-        self._remove_traces()
+        records = [self._records / f"{rank.pid}.json" for rank in self._ranks.values()]
+        _remove_traces(self._steps_folder, records)
 
     def drain(self) -> None:
         """SIGTERM: checkpoint at the next step boundary and leave."""
@@ -288,18 +289,19 @@ class Crew:
             record = ProcessRecord(process.pid, process.start_time)
             (self._records / f"{process.pid}.json").write_bytes(encode_object(record))
 
-    def _remove_traces(self) -> None:
-        with contextlib.suppress(OSError):
-            for process in self._ranks.values():
-                (self._records / f"{process.pid}.json").unlink(missing_ok=True)
-            for file in self._steps_folder.iterdir():
-                file.unlink()
-            self._steps_folder.rmdir()
-
 
 def warm_spec(launch: Launch) -> RankSpec:
     """Enough of a rank for the launcher to make its warm process ready."""
     return RankSpec(tuple(launch.command), job_env(launch, os.environ), launch.workdir)
+
+
+def _remove_traces(steps_folder: Path, records: Iterable[Path]) -> None:
+    with contextlib.suppress(OSError):
+        for path in records:
+            path.unlink(missing_ok=True)
+        for file in steps_folder.iterdir():
+            file.unlink()
+        steps_folder.rmdir()
 
 
 def _leave(ask: Ask, path: Path) -> None:
