@@ -27,7 +27,7 @@ def test_the_digits_are_learnt_headless(warm: Any) -> None:
 def test_a_task_out_of_patience_is_a_success(warm: Any, tmp_path: Path) -> None:
     """Though it took fewer steps than it might have; options of the job file reach it."""
     args = {"model": "resnet", "lr": 0, "weight_decay": 0, "eval_every": 2, "patience": 2}
-    training = {"precision": "bf16", "accumulate": 2, "shard": "optimizer", "non_finite": "stop"}
+    training = {"precision": "bf16", "accumulate": 2, "shard": "everything", "non_finite": "stop"}
     spec = {"name": "patient", "task": "vision", "nodes": 2, "args": args, "training": training}
     path = tmp_path / "patient.yaml"
     path.write_text("".join(f"{key}: {json.dumps(value)}\n" for key, value in spec.items()))

@@ -13,6 +13,7 @@ from torch import Tensor, nn
 from torch.distributed.device_mesh import DeviceMesh, init_device_mesh
 from torch.distributed.fsdp import MixedPrecisionPolicy, fully_shard
 from torch.distributed.tensor import DTensor, Shard
+from torch.nn.modules.batchnorm import _BatchNorm
 from torch.optim import Optimizer
 
 from dtp_trainer.checkpoints.pieces import Part, Piece
@@ -45,7 +46,7 @@ def cut(model: nn.Module, optimizer: Optimizer, options: Options, world: World) 
     mesh = init_device_mesh(world.device.type, (world.size,))
     try:
         for module in (*repeated_blocks(model), model):
-            fully_shard(module, mesh=mesh, mp_policy=_REDUCED[options.precision])
+            fully_shard(module, mesh=mesh, mp_policy=_policy(model, options.precision))
     except (ValueError, NotImplementedError) as error:
         line = " ".join(str(error).split())
         raise SessionError(f"training.shard: everything cannot cut this model: {line}") from None
@@ -53,6 +54,13 @@ def cut(model: nn.Module, optimizer: Optimizer, options: Options, world: World) 
     if any(True for _ in model.buffers()):
         model.register_forward_pre_hook(functools.partial(_follow_first, world))
     return Sharded(CutModel(model), CutOptimizer(optimizer), _part(model, optimizer))
+
+
+def _policy(model: nn.Module, precision: Precision) -> MixedPrecisionPolicy:
+    """Batch norm wants its weights in the type of its running statistics: such a model computes in
+    the lower precision by autocast alone, and its weights travel as they are."""
+    normed = any(isinstance(module, _BatchNorm) for module in model.modules())
+    return _REDUCED[Precision.FP32 if normed else precision]
 
 
 class CutModel:
