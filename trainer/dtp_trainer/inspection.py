@@ -12,7 +12,7 @@ from collections.abc import Mapping
 from dataclasses import dataclass
 from typing import ClassVar
 
-from dtp_trainer.wire import _Json
+from dtp_trainer.flat import FlatRecord
 
 WISH_KEY = "profiles/wish.json"
 """The wish that is open; removed by the client that left it."""
@@ -24,7 +24,7 @@ _STACK = re.compile(r"stacks/g(?P<generation>\d+)\.rank(?P<rank>\d+)\.txt")
 
 
 @dataclass(frozen=True, slots=True)
-class Ask(_Json):
+class Ask(FlatRecord):
     """Record so many steps, please."""
 
     id: str
@@ -44,7 +44,7 @@ class Ask(_Json):
 
 
 @dataclass(frozen=True, slots=True)
-class Operator(_Json):
+class Operator(FlatRecord):
     """What one kind of operator took in all recorded steps together."""
 
     name: str
@@ -58,10 +58,10 @@ class Operator(_Json):
 
 
 @dataclass(frozen=True, slots=True)
-class Profiled(_Json):
+class Profiled(FlatRecord):
     """The answer of one rank."""
 
-    nested: ClassVar[Mapping[str, type[_Json]]] = {"operators": Operator}
+    nested: ClassVar[Mapping[str, type[FlatRecord]]] = {"operators": Operator}
 
     id: str
     rank: int

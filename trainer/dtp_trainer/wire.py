@@ -1,16 +1,13 @@
 """What crosses the border of a worker: lines on its stdout, objects in its storage, environment,
 exit codes.
 
-Standard library only: the image, the engine and a user's own parser can read it without anything
-else.
-`docs/wire.md` is the same contract for people.
+Standard library only, so that a user's own parser needs nothing else. `docs/wire.md` is the same
+contract for people.
 
 Three carriers:
 
 * **lines**: a worker's agent prints records (JSON objects whose first key is ``dtp``) between its
-  ranks' text lines
-  (``2026-11-23T08:30:01.123456Z [rank0] text``). `parse` tells them apart; nothing else parses
-  text.
+  ranks' text lines (``2026-11-23T08:30:01.123456Z [rank0] text``). `parse` tells them apart.
 * **step files**: a rank appends one JSON object a step to the file named by ``DTP_STEPS_FILE``;
   its agent folds them.
 * **objects**: ``gang.json`` and ``checkpoints/head.json`` below ``jobs/<id>/`` in storage, both
@@ -25,6 +22,8 @@ from collections.abc import Mapping
 from datetime import UTC, datetime
 from enum import IntEnum, StrEnum
 from typing import Any, ClassVar, Literal, TypeAlias
+
+from dtp_trainer.flat import FlatRecord
 
 WIRE_VERSION = 1
 
@@ -82,33 +81,11 @@ HEAD_KEY = "checkpoints/head.json"
 GANG_KEY = "gang.json"
 
 
-class _Json:
-    """Encode and decode of a flat frozen dataclass; unknown keys are ignored so that old readers
-    survive new writers."""
-
-    nested: ClassVar[Mapping[str, type[_Json]]] = {}
-
-    def to_dict(self) -> dict[str, Any]:
-        return dataclasses.asdict(self)  # type: ignore[call-overload,no-any-return]
-
-    @classmethod
-    def from_dict(cls, data: Mapping[str, Any]) -> Any:
-        known = {f.name for f in dataclasses.fields(cls)}  # type: ignore[arg-type]
-        values = {key: value for key, value in data.items() if key in known}
-        for name, kind in cls.nested.items():
-            found = values.get(name)
-            if isinstance(found, list):
-                values[name] = tuple(kind.from_dict(item) for item in found)
-            elif isinstance(found, Mapping):
-                values[name] = kind.from_dict(found)
-        return cls(**{k: tuple(v) if isinstance(v, list) else v for k, v in values.items()})
-
-
 # -------------------------------------------------------------------------- the launch of a worker
 
 
 @dataclasses.dataclass(frozen=True, slots=True)
-class Launch(_Json):
+class Launch(FlatRecord):
     """All that an agent is told when it starts; the backend writes it, nothing else configures a
     worker."""
 
@@ -176,7 +153,7 @@ has the same number."""
 
 
 @dataclasses.dataclass(frozen=True, slots=True)
-class ProcessRecord(_Json):
+class ProcessRecord(FlatRecord):
     """A process, told from a later one that got the same number."""
 
     pid: int
@@ -189,7 +166,7 @@ class ProcessRecord(_Json):
 
 
 @dataclasses.dataclass(frozen=True, slots=True)
-class Spread(_Json):
+class Spread(FlatRecord):
     """One quantity over the ranks of a window."""
 
     min: float
@@ -198,12 +175,12 @@ class Spread(_Json):
 
 
 @dataclasses.dataclass(frozen=True, slots=True)
-class Window(_Json):
+class Window(FlatRecord):
     """The steps of one worker in about a second, folded. ``values`` are the last step's of its
     lowest rank."""
 
     kind: ClassVar[str] = "window"
-    nested: ClassVar[Mapping[str, type[_Json]]] = {}
+    nested: ClassVar[Mapping[str, type[FlatRecord]]] = {}
 
     at: float
     """Unix time of the last step in the window."""
@@ -230,7 +207,7 @@ class Window(_Json):
 
 
 @dataclasses.dataclass(frozen=True, slots=True)
-class Host(_Json):
+class Host(FlatRecord):
     """What a worker uses of its machine; about every second, for any script."""
 
     kind: ClassVar[str] = "host"
@@ -254,7 +231,7 @@ class Host(_Json):
 
 
 @dataclasses.dataclass(frozen=True, slots=True)
-class GangEvent(_Json):
+class GangEvent(FlatRecord):
     """Something that happened to the gang; the leader numbers them, the ledger copies each once."""
 
     kind: ClassVar[str] = "event"
@@ -274,7 +251,7 @@ class GangEvent(_Json):
 
 
 @dataclasses.dataclass(frozen=True, slots=True)
-class Exit(_Json):
+class Exit(FlatRecord):
     """The last line of a worker."""
 
     kind: ClassVar[str] = "exit"
@@ -345,7 +322,7 @@ def _parse_record(line: str) -> Record | None:
 
 
 @dataclasses.dataclass(frozen=True, slots=True)
-class Step(_Json):
+class Step(FlatRecord):
     """One completed step of one rank."""
 
     at: float
@@ -392,7 +369,7 @@ class GangPhase(StrEnum):
 
 
 @dataclasses.dataclass(frozen=True, slots=True)
-class Member(_Json):
+class Member(FlatRecord):
     """A worker as the leader knows it."""
 
     worker: int
@@ -407,7 +384,7 @@ class Member(_Json):
 
 
 @dataclasses.dataclass(frozen=True, slots=True)
-class Gang(_Json):
+class Gang(FlatRecord):
     """``gang.json``: leadership, membership, progress and recent events in one object with one
     writer.
 
@@ -417,7 +394,7 @@ class Gang(_Json):
     takes the next term.
     """
 
-    nested: ClassVar[Mapping[str, type[_Json]]] = {"members": Member, "events": GangEvent}
+    nested: ClassVar[Mapping[str, type[FlatRecord]]] = {"members": Member, "events": GangEvent}
 
     attempt: int
     term: int
@@ -469,7 +446,7 @@ class Gang(_Json):
 
 
 @dataclasses.dataclass(frozen=True, slots=True)
-class CheckpointEntry(_Json):
+class CheckpointEntry(FlatRecord):
     """A committed checkpoint; its folder is ``checkpoints/<name>/``."""
 
     name: str
@@ -490,7 +467,7 @@ class CheckpointEntry(_Json):
 
 
 @dataclasses.dataclass(frozen=True, slots=True)
-class CheckpointHead(_Json):
+class CheckpointHead(FlatRecord):
     """``checkpoints/head.json``: the fence and the list of what exists.
 
     A checkpoint exists when its entry is here. The leader raises `generation` (compare-and-set)
@@ -500,7 +477,7 @@ class CheckpointHead(_Json):
     older generation is refused, always.
     """
 
-    nested: ClassVar[Mapping[str, type[_Json]]] = {"entries": CheckpointEntry}
+    nested: ClassVar[Mapping[str, type[FlatRecord]]] = {"entries": CheckpointEntry}
 
     generation: int = 0
     resume: str | None = None

@@ -7,8 +7,9 @@ import json
 from collections.abc import Mapping
 from typing import ClassVar, TypeAlias
 
+from dtp_trainer.flat import FlatRecord
 from dtp_trainer.inspection import Ask
-from dtp_trainer.wire import Host, Window, _Json
+from dtp_trainer.wire import Host, Window
 
 
 class Malformed(Exception):
@@ -19,7 +20,7 @@ class Malformed(Exception):
 
 
 @dataclasses.dataclass(frozen=True, slots=True)
-class Hello(_Json):
+class Hello(FlatRecord):
     """The first message of a member."""
 
     worker: int
@@ -37,12 +38,12 @@ class Hello(_Json):
 
 
 @dataclasses.dataclass(frozen=True, slots=True)
-class Leaving(_Json):
+class Leaving(FlatRecord):
     """The worker was asked to stop."""
 
 
 @dataclasses.dataclass(frozen=True, slots=True)
-class Port(_Json):
+class Port(FlatRecord):
     """A port that is free on the member's host, kept free for this preparation."""
 
     ticket: int
@@ -50,7 +51,7 @@ class Port(_Json):
 
 
 @dataclasses.dataclass(frozen=True, slots=True)
-class RankExited(_Json):
+class RankExited(FlatRecord):
     """A rank is gone; of how it came to that, what its agent knows."""
 
     generation: int
@@ -76,14 +77,14 @@ class RankExited(_Json):
 
 
 @dataclasses.dataclass(frozen=True, slots=True)
-class RanksGone(_Json):
+class RanksGone(FlatRecord):
     """No process of this generation is left on the worker; follows the last `RankExited`."""
 
     generation: int
 
 
 @dataclasses.dataclass(frozen=True, slots=True)
-class Effort(_Json):
+class Effort(FlatRecord):
     """What the steps of a rank took in this generation."""
 
     began: int
@@ -95,10 +96,10 @@ class Effort(_Json):
 
 
 @dataclasses.dataclass(frozen=True, slots=True)
-class Beat(_Json):
+class Beat(FlatRecord):
     """Once a second, and at once with the first step of a generation and with rank 0's windows."""
 
-    nested: ClassVar[Mapping[str, type[_Json]]] = {
+    nested: ClassVar[Mapping[str, type[FlatRecord]]] = {
         "window": Window,
         "host": Host,
         "effort": Effort,
@@ -122,12 +123,12 @@ class Beat(_Json):
 
 
 @dataclasses.dataclass(frozen=True, slots=True)
-class AskPort(_Json):
+class AskPort(FlatRecord):
     ticket: int
 
 
 @dataclasses.dataclass(frozen=True, slots=True)
-class Start(_Json):
+class Start(FlatRecord):
     """Start your ranks of this generation."""
 
     generation: int
@@ -141,14 +142,14 @@ class Start(_Json):
 
 
 @dataclasses.dataclass(frozen=True, slots=True)
-class Drain(_Json):
+class Drain(FlatRecord):
     """SIGTERM to the ranks: checkpoint at the next step boundary and leave."""
 
     generation: int
 
 
 @dataclasses.dataclass(frozen=True, slots=True)
-class Kill(_Json):
+class Kill(FlatRecord):
     """SIGKILL to the ranks and all that they started."""
 
     generation: int
@@ -157,17 +158,17 @@ class Kill(_Json):
 
 
 @dataclasses.dataclass(frozen=True, slots=True)
-class Profile(_Json):
+class Profile(FlatRecord):
     """Record what your ranks do in their next steps."""
 
-    nested: ClassVar[Mapping[str, type[_Json]]] = {"ask": Ask}
+    nested: ClassVar[Mapping[str, type[FlatRecord]]] = {"ask": Ask}
 
     generation: int
     ask: Ask
 
 
 @dataclasses.dataclass(frozen=True, slots=True)
-class Dismiss(_Json):
+class Dismiss(FlatRecord):
     """The worker's part is over: exit with this code."""
 
     code: int
@@ -175,7 +176,7 @@ class Dismiss(_Json):
 
 
 @dataclasses.dataclass(frozen=True, slots=True)
-class Pulse(_Json):
+class Pulse(FlatRecord):
     """The leader lives; once a second."""
 
 
@@ -183,7 +184,7 @@ FromMember: TypeAlias = Hello | Leaving | Port | RankExited | RanksGone | Beat
 FromLeader: TypeAlias = AskPort | Start | Drain | Kill | Profile | Dismiss | Pulse
 Message: TypeAlias = FromMember | FromLeader
 
-_KINDS: Mapping[str, type[_Json]] = {
+_KINDS: Mapping[str, type[FlatRecord]] = {
     kind.__name__: kind
     for kind in (
         *(Hello, Leaving, Port, RankExited, RanksGone, Beat),
