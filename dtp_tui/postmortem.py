@@ -41,7 +41,7 @@ class Findings:
 async def look_into(engine: Engine, view: JobView) -> Findings:
     """The failure only of a job that failed; stacks of any that ever hung."""
     job = view.job
-    stacks = await engine.in_storage(job.id, inspection.stacks)
+    stacks = await engine.storages.of(job.id, inspection.stacks)
     hang = _hang_of(view.gang, stacks)
     event = inspection.failed_rank(view.gang) if job.state is JobState.FAILED else None
     failure = None

@@ -168,7 +168,7 @@ class Recording:
             note(f"dtp: open a memory history in {MEMORY_VIEWER}")
 
     async def _in_storage(self, call: Callable[[Storage], T]) -> T:
-        return await self._engine.in_storage(self._job.id, call)
+        return await self._engine.storages.of(self._job.id, call)
 
 
 def _record(answer: Profiled, files: Sequence[str]) -> dict[str, object]:

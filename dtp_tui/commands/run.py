@@ -13,65 +13,72 @@ if TYPE_CHECKING:
     from dtp_engine.jobs import JobSpec
 
 
+DetachOption = Annotated[
+    bool, typer.Option("--detach", "-d", help="Submit and return; the job goes on by itself.")
+]
+HeadlessOption = Annotated[
+    bool, typer.Option("--headless", help="Plain lines instead of a progress bar.")
+]
+DebugOption = Annotated[
+    bool,
+    typer.Option(
+        "--debug",
+        help="Rank 0 in this terminal under a debugger; no job comes to be, nothing is kept.",
+    ),
+]
+NprocOption = Annotated[
+    int | None,
+    typer.Option(
+        metavar="N", min=1, help="One worker with N ranks, for a try.", show_default=False
+    ),
+]
+StepsOption = Annotated[
+    int | None,
+    typer.Option(
+        metavar="N",
+        min=1,
+        help="End well after N steps of the Session, without a last checkpoint.",
+        show_default=False,
+    ),
+]
+DryRunOption = Annotated[bool, typer.Option("--dry-run", help="Print the plan and start nothing.")]
+NameOption = Annotated[
+    str | None, typer.Option(metavar="NAME", help="Call the job so.", show_default=False)
+]
+SetOption = Annotated[
+    list[str] | None,
+    typer.Option(
+        "--set",
+        metavar="FIELD=VALUE",
+        help="Set a field of the job file, such as checkpoint.every=30s; may be repeated.",
+        show_default=False,
+    ),
+]
+KeyOption = Annotated[
+    str | None,
+    typer.Option(
+        metavar="KEY",
+        help="The same key twice is one job: the second run attaches to it.",
+        show_default=False,
+    ),
+]
+
+
 def command(  # noqa: PLR0913 - one parameter an option
     file: Annotated[
-        Path,
-        typer.Argument(metavar="FILE", help="The job file; - reads it from stdin."),
+        Path, typer.Argument(metavar="FILE", help="The job file; - reads it from stdin.")
     ],
     *,
-    detach: Annotated[
-        bool, typer.Option("--detach", "-d", help="Submit and return; the job goes on by itself.")
-    ] = False,
-    headless: Annotated[
-        bool, typer.Option("--headless", help="Plain lines instead of a progress bar.")
-    ] = False,
+    detach: DetachOption = False,
+    headless: HeadlessOption = False,
     json_lines: JsonOption = False,
-    debug: Annotated[
-        bool,
-        typer.Option(
-            "--debug",
-            help="Rank 0 in this terminal under a debugger; no job comes to be, nothing is kept.",
-        ),
-    ] = False,
-    nproc: Annotated[
-        int | None,
-        typer.Option(
-            metavar="N", min=1, help="One worker with N ranks, for a try.", show_default=False
-        ),
-    ] = None,
-    steps: Annotated[
-        int | None,
-        typer.Option(
-            metavar="N",
-            min=1,
-            help="End well after N steps of the Session, without a last checkpoint.",
-            show_default=False,
-        ),
-    ] = None,
-    dry_run: Annotated[
-        bool, typer.Option("--dry-run", help="Print the plan and start nothing.")
-    ] = False,
-    name: Annotated[
-        str | None,
-        typer.Option(metavar="NAME", help="Call the job so.", show_default=False),
-    ] = None,
-    overrides: Annotated[
-        list[str] | None,
-        typer.Option(
-            "--set",
-            metavar="FIELD=VALUE",
-            help="Set a field of the job file, such as checkpoint.every=30s; may be repeated.",
-            show_default=False,
-        ),
-    ] = None,
-    idempotency_key: Annotated[
-        str | None,
-        typer.Option(
-            metavar="KEY",
-            help="The same key twice is one job: the second run attaches to it.",
-            show_default=False,
-        ),
-    ] = None,
+    debug: DebugOption = False,
+    nproc: NprocOption = None,
+    steps: StepsOption = None,
+    dry_run: DryRunOption = False,
+    name: NameOption = None,
+    overrides: SetOption = None,
+    idempotency_key: KeyOption = None,
 ) -> None:
     """Run a job and stay with it until it ends.
 

@@ -9,13 +9,12 @@ import hashlib
 import os
 import secrets
 import time
-from collections.abc import AsyncIterator, Callable, Sequence
+from collections.abc import AsyncIterator, Sequence
 from datetime import datetime
-from types import TracebackType
 from typing import Self, TypeVar
 
 from dtp_engine import checkpoints
-from dtp_engine.backend import Backend, Capacity, Cursor, LogLine, Since
+from dtp_engine.backend import Backend, Capacity, LogLine
 from dtp_engine.backends import Parts, keep_secrets, open_parts
 from dtp_engine.clock import Clock, RealClock
 from dtp_engine.driver import Driver, driver_of, start_controller, stop_controller
@@ -31,6 +30,7 @@ from dtp_engine.jobs import (
     RequestKind,
 )
 from dtp_engine.ledger import Ledger
+from dtp_engine.logs import Tail
 from dtp_engine.room import check_fits_ever
 from dtp_engine.series import MetricHistory
 from dtp_engine.settings import Settings
@@ -38,13 +38,12 @@ from dtp_engine.views import JobStorages, JobView
 from dtp_trainer import wire
 from dtp_trainer.history import Past
 from dtp_trainer.history import read as read_past
-from dtp_trainer.storage import Storage, StorageError
+from dtp_trainer.storage import StorageError
 
 T = TypeVar("T")
 
 POLL_S = 0.05
 """How often a waiting client looks whether the ledger moved."""
-_CONTEXT_BYTES, _RECENT_ATTEMPTS = 1 << 20, 4
 ANSWER_WITHIN_S = 10.0
 """A controller that starts cold answers in about one second; one that must first wait until the
 lease of a frozen one is over, so long after that."""
@@ -72,12 +71,7 @@ class Engine:
     async def __aenter__(self) -> Self:
         return self
 
-    async def __aexit__(
-        self,
-        kind: type[BaseException] | None,
-        error: BaseException | None,
-        at: TracebackType | None,
-    ) -> None:
+    async def __aexit__(self, *_ended: object) -> None:
         await self.aclose()
 
     async def aclose(self) -> None:
@@ -213,16 +207,11 @@ class Engine:
         With `since` (Unix time) from about then on, and what the last attempts said just before.
         With `follow` it goes on through new attempts and ends when the job is no longer active.
         """
-        cursors: dict[int, dict[int, str]] = {}
+        tail = Tail(self._backend, attempt=attempt, since=since)
         while True:
             active = (await self._read(job_id)).active
-            attempts = await self.attempts(job_id)
-            for one in attempts:
-                if attempt in (None, one.number):
-                    after = cursors.setdefault(one.number, {})
-                    start = _since(since, is_recent=one in attempts[-_RECENT_ATTEMPTS:])
-                    async for line in _new_lines(self._backend, one, after, start):
-                        yield one.number, line
+            async for told in tail.new_lines(await self.attempts(job_id)):
+                yield told
             if not (follow and active):
                 return
             await self._clock.sleep(2 * POLL_S)
@@ -247,10 +236,6 @@ class Engine:
     async def checkpoints(self, job_id: str) -> Sequence[wire.CheckpointEntry]:
         """Oldest first."""
         return await self.storages.of(job_id, checkpoints.entries)
-
-    async def in_storage(self, job_id: str, call: Callable[[Storage], T]) -> T:
-        """A blocking call with what the job has in its storage."""
-        return await self.storages.of(job_id, call)
 
     async def capacity(self) -> Capacity:
         return await self._backend.capacity()
@@ -287,11 +272,8 @@ class Engine:
         from_step: int | None = None,
     ) -> Job:
         job = await self.find(ref)
-        key = secrets.token_hex(16)
-        request = Request(
-            key, kind, job.id, self.settings.actor, self._clock.now(), workers, from_step
-        )
-        await self._ledger.request(request)
+        key, actor, now = secrets.token_hex(16), self.settings.actor, self._clock.now()
+        await self._ledger.request(Request(key, kind, job.id, actor, now, workers, from_step))
         answered = await self._answer(key)
         if answered.refusal is not None:
             raise Refused(answered.refusal)
@@ -307,10 +289,9 @@ class Engine:
                     request = await self._ledger.read_request(key)
                     if request is not None and request.answered_at is not None:
                         return request
-        driver = await self.driver()
         raise InfrastructureError(
             f"the request is recorded, but no controller answered in {within_s:g} s; "
-            f"see {driver.log}, or run one here: dtp controller run"
+            f"see {(await self.driver()).log}, or run one here: dtp controller run"
         )
 
     async def _read(self, job_id: str) -> Job:
@@ -341,20 +322,6 @@ async def _moved(
     while (now := await ledger.revision()) == revision and clock.monotonic() < deadline:
         await clock.sleep(POLL_S)
     return now
-
-
-def _since(at: float | None, *, is_recent: bool) -> Since | None:
-    return None if at is None else Since(at, _CONTEXT_BYTES if is_recent else 0)
-
-
-async def _new_lines(
-    backend: Backend, attempt: Attempt, after: dict[int, str], since: Since | None
-) -> AsyncIterator[LogLine]:
-    """Lines after the cursors, which move along."""
-    start: Cursor = dict(after)
-    async for line in backend.logs(attempt.id, after=start, since=since):
-        after[line.worker] = line.cursor
-        yield line
 
 
 def job_id_of(key: str) -> str:

@@ -8,7 +8,7 @@ import logging
 from collections.abc import Awaitable, Callable, Collection
 
 from dtp_trainer.gang.links import Link
-from dtp_trainer.gang.messages import FromLeader, Hello, Message, Pulse
+from dtp_trainer.gang.messages import AskPort, FromLeader, Hello, Message, Port, Pulse
 from dtp_trainer.worker import steady
 
 PULSE_S = 1.0
@@ -18,7 +18,8 @@ log = logging.getLogger("dtp.leader")
 
 
 class Contacts:
-    """hear: awaited with each message of a worker, `Hello` first, one after another.
+    """hear: awaited with each message of a worker but answers to `ask_port`; `Hello` first, one
+    after another.
     lost: called when a worker's connection ended and no newer one has taken its place.
     """
 
@@ -30,6 +31,7 @@ class Contacts:
     ) -> None:
         self._hear, self._lost = hear, lost
         self._links: dict[int, Link] = {}
+        self._ports: dict[int, asyncio.Future[int]] = {}
         self._parting = asyncio.Condition()
 
     @property
@@ -41,6 +43,16 @@ class Contacts:
         if link := self._links.get(worker):
             link.send(message)
 
+    async def ask_port(self, worker: int, ticket: int, within_s: float) -> int:
+        """One that is free on the worker's host, and kept free. Raises `TimeoutError`."""
+        self._ports[ticket] = asyncio.get_running_loop().create_future()
+        self.send(worker, AskPort(ticket))
+        try:
+            async with asyncio.timeout(within_s):
+                return await self._ports[ticket]
+        finally:
+            del self._ports[ticket]
+
     async def listen(self, link: Link, hello: Hello) -> None:
         """Until the connection ends. A worker that connects again has lost its older one."""
         worker = hello.worker
@@ -50,12 +62,20 @@ class Contacts:
         self._links[worker] = link
         await self._hear(worker, hello)
         while (message := await link.receive()) is not None and self._links.get(worker) is link:
-            await self._hear(worker, message)
+            if isinstance(message, Port):
+                self._offered(message)
+            else:
+                await self._hear(worker, message)
         if self._links.get(worker) is link:
             del self._links[worker]
             self._lost(worker)
         async with self._parting:
             self._parting.notify_all()
+
+    def _offered(self, answer: Port) -> None:
+        waiting = self._ports.get(answer.ticket)
+        if waiting is not None and not waiting.done():
+            waiting.set_result(answer.port)
 
     async def keep(self) -> None:
         """For ever: pulses out; whoever was silent for too long is lost."""

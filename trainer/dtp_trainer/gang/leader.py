@@ -17,20 +17,18 @@ from dtp_trainer.gang import links
 from dtp_trainer.gang import rules as gang
 from dtp_trainer.gang.auditor import auditing
 from dtp_trainer.gang.contacts import Contacts
+from dtp_trainer.gang.messages import Beat as MemberBeat
 from dtp_trainer.gang.messages import (
-    AskPort,
     Dismiss,
     Drain,
     Hello,
     Kill,
     Leaving,
     Message,
-    Port,
     RankExited,
     RanksGone,
     Start,
 )
-from dtp_trainer.gang.messages import Beat as MemberBeat
 from dtp_trainer.gang.office import Deposed, Office, raise_fence, unseen
 from dtp_trainer.gang.recorder import Recorder
 from dtp_trainer.gang.state import (
@@ -99,7 +97,6 @@ class Leader:
         self._state = state
         self._contacts = Contacts(hear=self._hear, lost=lambda worker: self._feed(Lost(worker)))
         self._wishes = Wishes(storage)
-        self._ports: dict[int, asyncio.Future[int]] = {}
         self._tasks: set[asyncio.Task[None]] = set()
         self._timer: asyncio.TimerHandle | None = None
         self._over = asyncio.Event()
@@ -166,10 +163,6 @@ class Leader:
 
     async def _listen_to(self, worker: int, message: Message) -> None:
         match message:
-            case Port(ticket, port):
-                waiting = self._ports.get(ticket)
-                if waiting is not None and not waiting.done():
-                    waiting.set_result(port)
             case RanksGone():
                 # So that what is said to be lost is only what no checkpoint holds.
                 await self._look_for_checkpoints()
@@ -239,7 +232,7 @@ class Leader:
         try:
             generation, port, _ = await asyncio.gather(
                 asyncio.to_thread(raise_fence, self._storage, order.at_least),
-                self._ask_port(order),
+                self._contacts.ask_port(order.worker, order.ticket, ANSWER_S),
                 self._publish(),
             )
         except (StorageError, TimeoutError) as error:
@@ -249,15 +242,6 @@ class Leader:
             self._abdicate()
         else:
             self._feed(Prepared(order.ticket, generation, port))
-
-    async def _ask_port(self, order: Prepare) -> int:
-        self._ports[order.ticket] = asyncio.get_running_loop().create_future()
-        self._contacts.send(order.worker, AskPort(order.ticket))
-        try:
-            async with asyncio.timeout(ANSWER_S):
-                return await self._ports[order.ticket]
-        finally:
-            del self._ports[order.ticket]
 
     async def _say_goodbye(self, farewell: Dismiss, workers: set[int]) -> None:
         """Publish first: a member that misses the farewell reads the outcome there."""
