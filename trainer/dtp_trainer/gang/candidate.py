@@ -123,17 +123,19 @@ class Candidate:
         elected: asyncio.Future[Leader],
         server: asyncio.Server,
     ) -> None:
-        recorder, ending = self._record(mandate.term), None
+        recorder, leader, ending = self._record(mandate.term), None, None
         try:
             leader = self._leader(previous, mandate, recorder)
             elected.set_result(leader)
-            await leader.run(server)
+            await leader.run()
             ending = leader.ending
         except Exception as error:  # noqa: BLE001 - whatever it is, it must not go on for ever
             elected.cancel()
             await self._own_up(mandate, error, recorder)
         finally:
             server.close()
+            if leader is not None:
+                leader.close()
             self._close(recorder, ending)
 
     def _close(self, recorder: Recorder, ending: Exit | None) -> None:

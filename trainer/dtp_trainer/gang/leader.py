@@ -106,8 +106,9 @@ class Leader:
         """What storage said last, when it refused."""
         self._failure: Exception | None = None
 
-    async def run(self, server: asyncio.Server) -> None:
-        """`server` hands its connections to `welcome`; it is closed at the end.
+    async def run(self) -> None:
+        """Members stay connected until `close`, so that nobody stands for election before it is
+        written down how this leadership ended.
 
         Raises whatever a mistake of ours raised, in whichever task or timer that was.
         """
@@ -119,15 +120,16 @@ class Leader:
             with auditing(self._storage, self._feed):
                 await self._over.wait()
         finally:
-            server.close()
             if self._timer:
                 self._timer.cancel()
             for task in self._tasks:
                 task.cancel()
             await asyncio.gather(*self._tasks, return_exceptions=True)
-            self._contacts.close()
         if self._failure is not None:
             raise self._failure
+
+    def close(self) -> None:
+        self._contacts.close()
 
     @property
     def ending(self) -> Exit | None:

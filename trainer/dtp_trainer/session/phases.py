@@ -82,6 +82,8 @@ class Phases:
         """Those that were not read yet, oldest first."""
         self._borders: list[tuple[str, Any]] = []
         self._now = OTHER
+        self._optimizing = 0
+        """How deep: torch calls the hooks of a step that calls the step of its base class twice."""
         self._evaluating = False
         self._evaluated_s = 0.0
         """Of this lap, by the host's clock."""
@@ -103,8 +105,8 @@ class Phases:
 
     def follow_optimizer(self, optimizer: Optimizer) -> None:
         if isinstance(optimizer, Optimizer):
-            optimizer.register_step_pre_hook(_Hook(lambda: self._enter(OPTIMIZER)))
-            optimizer.register_step_post_hook(_Hook(lambda: self._enter(OTHER)))
+            optimizer.register_step_pre_hook(_Hook(self._optimizer_begins))
+            optimizer.register_step_post_hook(_Hook(self._optimizer_ended))
 
     @contextlib.contextmanager
     def phase(self, name: str) -> Iterator[None]:
@@ -138,7 +140,7 @@ class Phases:
         wall = now - self._started - self._evaluated_s
         self._started, self._evaluated_s = now, 0.0
         self._laps.append(self._borders)
-        self._borders, self._now = [], OTHER
+        self._borders, self._now, self._optimizing = [], OTHER, 0
         self._enter(OTHER)
         phases = self._read()
         # Of the same step, they are its time to the last digit.
@@ -187,6 +189,16 @@ class Phases:
     def _forward_ended(self) -> None:
         if self._now == FORWARD:
             self._enter(BACKWARD)
+
+    def _optimizer_begins(self) -> None:
+        self._optimizing += 1
+        if self._optimizing == 1:
+            self._enter(OPTIMIZER)
+
+    def _optimizer_ended(self) -> None:
+        self._optimizing = max(0, self._optimizing - 1)
+        if self._optimizing == 0:
+            self._enter(OTHER)
 
 
 class _Hook:
