@@ -96,8 +96,8 @@ def parse_whole(text: str, *, least: int, most: int) -> int:
 
 
 def parse_number(text: str, *, above: float, most: float) -> float:
-    """A number with or without a fraction, within bounds."""
-    if not re.fullmatch(r"[+-]?(\d+(\.\d*)?|\.\d+)", text.strip()):
+    """A number such as 2, 0.5 or 1e-3, within bounds."""
+    if not re.fullmatch(r"[+-]?(\d+(\.\d*)?|\.\d+)([eE][+-]?\d+)?", text.strip()):
         raise ValueError(f'expected a number, found "{text}"')
     number = float(text)
     if number <= above:

@@ -108,7 +108,7 @@ _TRAINING = (
     Field(
         "fused_optimizer",
         SWITCH,
-        "torch's fused kernels for Adam, AdamW, SGD and Adagrad: a shorter optimizer phase when "
+        "torch's fused kernels for Adam, AdamW and SGD: a shorter optimizer phase when "
         "there are many parameters.",
         "false",
     ),

@@ -38,7 +38,7 @@ env:
 secrets: [WANDB_API_KEY]
 data: {train: ./shards}
 launcher: torchrun
-training: {precision: bf16, compile: true, accumulate: 2, clip_grad_norm: 1.0, comm_hook: fp16}
+training: {precision: bf16, compile: true, accumulate: 2, clip_grad_norm: 1e0, comm_hook: fp16}
 checkpoint: {every: 500 steps, keep: 5, keep_best: val_loss}
 retry: {on_errors: 1, on_preemption: unlimited, on_hang: 0}
 watchdog: {start_within: 5m, no_step_for: 90s}

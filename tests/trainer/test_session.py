@@ -231,6 +231,15 @@ async def test_a_finished_job_is_kept_and_stays_finished(job: Job) -> None:
     assert len(job.notes()) == STEPS
 
 
+async def test_a_checkpoint_has_the_values_of_its_own_step(job: Job) -> None:
+    """Not of the one before: what `keep_best` goes by belongs to the weights beside it."""
+    assert await job.run(1) == [0]
+    losses = {record.step: record.values["loss"] for record in job.records(0) if record.seconds}
+    entries = read_head(job.storage).entries
+    assert len(entries) == 3
+    assert all(entry.values["loss"] == losses[entry.step] for entry in entries)
+
+
 async def test_each_rank_reports_each_step_once(job: Job) -> None:
     """A record a step and rank; NaN stays NaN; what was logged last has a record of its own."""
     assert await job.run(2) == [0, 0]

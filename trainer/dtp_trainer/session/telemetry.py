@@ -68,12 +68,14 @@ class Telemetry:
         self._read_device_at = 0.0
         self._kept: dict[str, float] = {}
         self._last: Position | None = None
-        self.values: dict[str, float] = {}
-        """The newest number of each name."""
+        self.values: Mapping[str, float] = {}
+        """The newest number of each name, those of the step under way included."""
 
     def keep(self, values: Mapping[str, Value]) -> None:
         """To be reported with the next step."""
-        self._kept |= {name: _number(name, value) for name, value in values.items()}
+        numbers = {name: _number(name, value) for name, value in values.items()}
+        self._kept |= numbers
+        self.values = {**self.values, **numbers}
 
     def sample(self, values: Mapping[str, Value]) -> None:
         """As `keep`, but reading a tensor waits for its device: one on a GPU is read ten times a
@@ -93,7 +95,6 @@ class Telemetry:
     def step(self, position: Position, seconds: Mapping[str, float]) -> None:
         """Report a step with the values kept since the one before."""
         self._write(position, self._kept, seconds)
-        self.values |= self._kept
         self._kept, self._last = {}, position
 
     def close(self) -> None:
