@@ -1,5 +1,7 @@
 PYTHON ?= python3
 BIN := .venv/bin
+# Most tests wait for processes of their own; more than two at once and the machine is what is tested.
+PYTEST := $(BIN)/python -m pytest -n 2 --dist worksteal
 .DEFAULT_GOAL := help
 .PHONY: help run test quick check fix bench clean
 
@@ -17,10 +19,10 @@ run: .venv/.installed  ## train the handwritten digits on two workers and watch 
 	@if [ -t 1 ]; then $(BIN)/dtp run --detach examples/digits.yaml && $(BIN)/dtp-tui digits; else $(BIN)/dtp run --headless examples/digits.yaml; fi
 
 test: .venv/.installed  ## every test, the slow ones included
-	$(BIN)/python -m pytest
+	$(PYTEST)
 
 quick: .venv/.installed  ## the tests that take seconds
-	$(BIN)/python -m pytest -m 'not slow'
+	$(PYTEST) -m 'not slow'
 
 check: .venv/.installed  ## lint, format, types, import contracts
 	$(BIN)/ruff check .
