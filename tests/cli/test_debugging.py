@@ -81,6 +81,20 @@ def test_debug_stops_and_examines(cli: Any) -> None:
     assert cli.rows("ps", "--all") == []
 
 
+def test_debug_stops_rank_0_alone(cli: Any) -> None:
+    """A breakpoint() that every rank comes to, even with a debugger of the job's own choice, is
+    passed by in the others, while rank 0 stands in it."""
+    script = "import os\nbreakpoint()\nprint(os.environ['RANK'], 'went on', flush=True)\n"
+    path = cli.job_file(script, env={"PYTHONBREAKPOINT": "pdb.set_trace"})
+    terminal = Terminal(cli, "run", "--debug", str(path), "--set", "nproc_per_node=2")
+    terminal.read_until("(Pdb) ")
+    terminal.read_until("[rank1] 1 went on")
+    assert "0 went on" not in terminal.seen
+    terminal.type("c")
+    assert terminal.wait() == 0
+    assert "0 went on" in terminal.seen
+
+
 def test_debug_shows_the_other_ranks(cli: Any) -> None:
     """What they write comes behind their names; --nproc says how many there are."""
     script = "import os\nprint('I am', os.environ['RANK'], 'of', os.environ['WORLD_SIZE'])\n"

@@ -97,10 +97,11 @@ def _debugged(command: tuple[str, ...], env: Mapping[str, str]) -> list[str]:
 
 
 def _start_other(launch: Launch, order: Start, rank: int, folder: Path) -> subprocess.Popen[str]:
-    """In a session of its own: Ctrl-C and the terminal are rank 0's."""
+    """In a session of its own: Ctrl-C and the terminal are rank 0's, and so is `breakpoint()`,
+    which would end this one at the first read."""
     process = subprocess.Popen(
         launch.command,
-        env=_env(launch, order, rank, folder),
+        env={**_env(launch, order, rank, folder), "PYTHONBREAKPOINT": "0"},
         cwd=launch.workdir,
         text=True,
         errors="replace",
