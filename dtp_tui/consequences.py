@@ -137,6 +137,8 @@ def _workers(view: JobView) -> int:
 
 def _since_checkpoint(view: JobView, now: datetime) -> str:
     step = view.gang.step if view.gang else None
+    if view.checkpoint_problem:
+        return "The list of its checkpoints is damaged."
     if view.checkpoint is None:
         return "No checkpoint exists yet."
     since = (

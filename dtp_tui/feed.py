@@ -136,13 +136,16 @@ class JobFeed:
         self._tail.keep_up(view, may_retry=is_slow_turn)
         await self._read_events()
         if is_slow_turn or view.checkpoint != self._newest:
-            self._checkpoints = tuple(await self._engine.checkpoints(self.job_id))
+            self._checkpoints = await self._saved(view)
             self._newest = view.checkpoint
         attempts = tuple(await self._engine.attempts(self.job_id))
         self._tell(cluster, view, attempts)
 
     def close(self) -> None:
         self._tail.close()
+
+    async def _saved(self, view: JobView) -> tuple[wire.CheckpointEntry, ...]:
+        return () if view.checkpoint_problem else tuple(await self._engine.checkpoints(self.job_id))
 
     def _tell(self, cluster: ClusterPicture, view: JobView, attempts: tuple[Attempt, ...]) -> None:
         history = self._tail.history

@@ -42,6 +42,7 @@ def job_record(view: JobView) -> dict[str, Any]:
         "tags": dict(job.spec.tags),
         **progress_record(gang),
         "checkpoint": None if view.checkpoint is None else checkpoint_record(view.checkpoint),
+        "checkpoint_problem": view.checkpoint_problem or None,
     }
 
 

@@ -82,7 +82,6 @@ def _row(view: JobView, now: datetime) -> Row:
 
     job, gang = view.job, view.gang
     step, total = (gang.step, gang.total_steps) if gang else (None, None)
-    saved = view.checkpoint
     return (
         job.name,
         job.id,
@@ -92,6 +91,15 @@ def _row(view: JobView, now: datetime) -> Row:
         labels.value(gang.values.get("loss") if gang else None),
         labels.throughput(gang) if labels.is_fresh(job, gang, now) else labels.UNKNOWN,
         labels.elapsed(job, now),
-        labels.UNKNOWN if saved is None else f"{labels.age(saved.at, now)} ago",
+        _saved(view, now),
         labels.age(job.created_at, now),
     )
+
+
+def _saved(view: JobView, now: datetime) -> str:
+    from dtp_tui import labels
+
+    if view.checkpoint_problem:
+        return "damaged"
+    saved = view.checkpoint
+    return labels.UNKNOWN if saved is None else f"{labels.age(saved.at, now)} ago"

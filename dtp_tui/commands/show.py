@@ -43,7 +43,7 @@ def command(
         job_id = (await engine.find(job)).id
         view = await engine.job(job_id)
         attempts = await engine.attempts(job_id)
-        saved = await engine.checkpoints(job_id)
+        saved = () if view.checkpoint_problem else await engine.checkpoints(job_id)
         events = [event async for event in all_events(engine, job_id)]
         found = await look_into(engine, view)
         out = Output(json_lines=json_lines)
@@ -97,11 +97,7 @@ def _print(
     _print_summary(out, view)
     _print_workers(out, view)
     _print_attempts(out, attempts)
-    if saved:
-        from dtp_tui.commands.ckpt import print_checkpoints
-
-        _heading(out, "Checkpoints")
-        print_checkpoints(out, saved[-CHECKPOINTS_SHOWN:])
+    _print_checkpoints(out, view, saved)
     _print_events(out, events)
     _print_spec(out, view)
 
@@ -204,6 +200,18 @@ def _print_attempts(out: Output, attempts: Sequence[Attempt]) -> None:
         workers = labels.plural(len(attempt.placements), "worker")
         outcome = harmless(told)
         out.say(f"  {attempt.number}  {began} to {end}  {workers}  {outcome}".rstrip())
+
+
+def _print_checkpoints(out: Output, view: JobView, saved: Sequence[CheckpointEntry]) -> None:
+    from dtp_tui.commands.ckpt import print_checkpoints
+    from dtp_tui.postmortem import folded
+
+    if saved or view.checkpoint_problem:
+        _heading(out, "Checkpoints")
+    if saved:
+        print_checkpoints(out, saved[-CHECKPOINTS_SHOWN:])
+    for part in folded(out, view.checkpoint_problem, indent=2) if view.checkpoint_problem else ():
+        out.say(f"  {part}")
 
 
 def _print_events(out: Output, events: Sequence[Event]) -> None:

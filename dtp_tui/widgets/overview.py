@@ -154,7 +154,9 @@ def _gang_groups(picture: JobPicture) -> list[tuple[Span, ...]]:
         groups.append((Span("attempt ", Tone.QUIET), Span(str(job.attempt))))
     if gang is not None and gang.restarts:
         groups.append((Span("restarts ", Tone.QUIET), Span(str(gang.restarts), Tone.WARN)))
-    if checkpoint is None:
+    if picture.view.checkpoint_problem:
+        groups.append((Span("checkpoints ", Tone.QUIET), Span("damaged", Tone.BAD)))
+    elif checkpoint is None:
         groups.append((Span("no checkpoint", Tone.QUIET),))
     else:
         saved = f"step {checkpoint.step:,}, {labels.age(checkpoint.at, picture.now)} ago"

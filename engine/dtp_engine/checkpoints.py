@@ -157,7 +157,7 @@ def _mapped(read: Callable[[], T]) -> T:
         return read()
     except heads.UnknownCheckpoint as error:
         raise Refused(str(error)) from error
-    except DamagedCheckpoint as error:
+    except (DamagedCheckpoint, heads.DamagedHead) as error:
         raise Damaged(str(error)) from error
     except StorageError as error:
         raise InfrastructureError(str(error)) from error

@@ -9,7 +9,7 @@ beyond the range
 ├── NoCapacity (4)
 └── InfrastructureError (7) the ledger, the disk, a backend, credentials
     ├── LedgerError         locked, read-only, from a newer version
-    ├── Damaged             a checkpoint is not what its writer wrote
+    ├── Damaged             a checkpoint, or the list of them, is not what its writer wrote
     ├── LeaseLost           another controller took over; never shown to people
     └── Unreachable         a backend did not answer; observation is UNKNOWN, never "gone"
 """

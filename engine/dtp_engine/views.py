@@ -12,6 +12,7 @@ from dtp_engine import checkpoints
 from dtp_engine.backends import job_storage_uri
 from dtp_engine.checkpoints import Between
 from dtp_engine.door import Door
+from dtp_engine.errors import Damaged
 from dtp_engine.jobs import Job
 from dtp_engine.settings import Settings
 from dtp_trainer import wire
@@ -33,6 +34,8 @@ class JobView:
     """``gang.json`` of the current attempt; None before its first generation."""
     checkpoint: wire.CheckpointEntry | None
     """The one from which the job would go on."""
+    checkpoint_problem: str = ""
+    """Why nobody can tell which checkpoints there are, and what to do; empty when one can."""
 
     @property
     def grace_problem(self) -> str:
@@ -93,10 +96,18 @@ class JobStorages:
         if (seen := self._ended.get(job.id)) is not None and seen.job == job:
             return seen
         storage = self._open(job.id)
-        view = JobView(job, checkpoints.gang(storage, job.attempt), checkpoints.newest(storage))
-        if job.state.final:
+        view = JobView(job, checkpoints.gang(storage, job.attempt), *_newest(storage))
+        if job.state.final and not view.checkpoint_problem:
             self._ended[job.id] = view
         return view
 
     def _open(self, job_id: str) -> Storage:
         return open_storage(job_storage_uri(self._settings.home, job_id, self._settings.storage))
+
+
+def _newest(storage: Storage) -> tuple[wire.CheckpointEntry | None, str]:
+    """The checkpoint to go on from, or why their list cannot be read: a job is more than that."""
+    try:
+        return checkpoints.newest(storage), ""
+    except Damaged as error:
+        return None, str(error)

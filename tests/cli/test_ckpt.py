@@ -131,6 +131,24 @@ def test_mistakes_are_one_line(cli: Any, digits: Path) -> None:
     assert cli("ckpt", "verify", "fresh", "all").stdout == ""
 
 
+def test_a_damaged_list_hides_no_job(cli: Any, digits: Path) -> None:
+    """`ps` and `show` tell all else about the job, and where its checkpoints stand what to do; the
+    commands about checkpoints fail with that line."""
+    (digits / "head.json").write_text("{")
+    line = (
+        f"checkpoints/head.json in {digits.parent.as_uri()} is damaged: restore it from a copy, "
+        "or remove it to begin at step 0"
+    )
+    shown = cli("show", "digits").stdout
+    assert f"\nCheckpoints\n  {line}\n" in shown
+    assert {"Attempts", "Last events"} <= set(shown.splitlines())
+    for [row] in (cli.rows("ps"), cli.rows("show", "digits")):
+        assert (row["checkpoint"], row["checkpoint_problem"]) == (None, line)
+    assert "damaged" in cli("ps", COLUMNS="160").stdout
+    for words in (("ls",), ("show",), ("verify",), ("pin", "5")):
+        assert cli.error("ckpt", words[0], "digits", *words[1:], code=7) == line
+
+
 def test_a_grace_too_short_is_said_where_it_matters(cli: Any, digits: Path) -> None:
     """`show` of the job, and the plan of the next one of its name, say what to raise."""
     head = json.loads((digits / "head.json").read_text())

@@ -14,7 +14,7 @@ from hypothesis import strategies as st
 
 from dtp_trainer.checkpoints import heads
 from dtp_trainer.checkpoints.heads import Fenced, Retention, UnknownCheckpoint
-from dtp_trainer.storage import FileStorage, StorageError
+from dtp_trainer.storage import FileStorage
 from dtp_trainer.wire import HEAD_KEY, CheckpointEntry, CheckpointHead, checkpoint_name
 
 
@@ -111,7 +111,7 @@ def test_a_damaged_head_is_one_line(store: FileStorage) -> None:
     """A head that is no JSON object of ours says what to do."""
     for data in (b"{", b"[]", b'{"entries": [{"name": "x"}]}'):
         store.write(HEAD_KEY, data)
-        with pytest.raises(StorageError, match=r"is damaged .*restore it"):
+        with pytest.raises(heads.DamagedHead, match=r"is damaged: restore it"):
             heads.read_head(store)
 
 

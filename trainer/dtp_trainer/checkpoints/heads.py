@@ -27,6 +27,10 @@ class Fenced(Exception):
     """A newer generation owns the job: whoever sees this must stop and leave no trace."""
 
 
+class DamagedHead(StorageError):
+    """``head.json`` is not what a commit wrote; the message begins with it and says what to do."""
+
+
 class UnknownCheckpoint(StorageError):
     """No checkpoint of that name or step; the message says which there are."""
 
@@ -50,7 +54,7 @@ class Retention:
 
 
 def read_head(storage: Storage) -> CheckpointHead:
-    """The head; an empty one when no generation was started yet."""
+    """The head; an empty one when no generation was started yet. Raises `DamagedHead`."""
     return _read(storage)[0]
 
 
@@ -83,10 +87,10 @@ def _read(storage: Storage) -> tuple[CheckpointHead, str | None]:
         return CheckpointHead(), None
     try:
         head: CheckpointHead = CheckpointHead.from_dict(json.loads(found.data))
-    except (ValueError, TypeError, AttributeError) as error:
-        raise StorageError(
-            f"{HEAD_KEY} in {storage.uri} is damaged ({error}): restore it from a copy, or remove "
-            "it to begin at step 0"
+    except (ValueError, TypeError, AttributeError):
+        raise DamagedHead(
+            f"{HEAD_KEY} in {storage.uri} is damaged: restore it from a copy, or remove it to "
+            "begin at step 0"
         ) from None
     return head, found.tag
 
