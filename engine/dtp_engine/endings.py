@@ -31,7 +31,7 @@ class End(StrEnum):
     STOPPED = "STOPPED"
     """Every worker left because the controller asked it to."""
     LEFT = "LEFT"
-    """The workers left with a checkpoint; something other than the controller asked them."""
+    """The workers left as asked, but something other than the controller asked them."""
     NO_GANG = "NO_GANG"
     PREEMPTED = "PREEMPTED"
     """The platform took the machines back."""
@@ -50,11 +50,11 @@ class Ending:
 
 _BY_CODE = {
     ExitCode.SUCCEEDED: (End.SUCCEEDED, "ended well"),
-    ExitCode.PAUSED: (End.LEFT, "left after a checkpoint"),
+    ExitCode.PAUSED: (End.LEFT, "left as asked"),
     ExitCode.NO_GANG: (End.NO_GANG, "did not find the other workers in time"),
     ExitCode.HANG: (End.HANG, "took no step for too long"),
     ExitCode.FENCED: (End.LOST, "was fenced off before it took part"),
-    ExitCode.MAX_DURATION: (End.MAX_DURATION, "ran for as long as it may, and left a checkpoint"),
+    ExitCode.MAX_DURATION: (End.MAX_DURATION, "ran for as long as it may"),
     ExitCode.SETUP_FAILED: (End.SETUP_FAILED, "could not be set up"),
 }
 _TELLING = (ExitCode.SUCCEEDED, ExitCode.HANG, ExitCode.MAX_DURATION)
@@ -84,7 +84,7 @@ def read_ending(
         if code in codes:
             return _by_code(code, "", asked=asked)
     if asked:
-        return Ending(End.STOPPED, _leaving(attempt))
+        return Ending(End.STOPPED, _leaving(attempt, status))
     if preempted:
         return Ending(End.PREEMPTED, "the platform took the machines back")
     return _unasked(attempt, last_words)
@@ -98,7 +98,7 @@ def _unasked(attempt: Attempt, last_words: str) -> Ending:
     if ExitCode.NO_GANG in codes:
         return Ending(End.NO_GANG, "the workers did not find each other in time")
     if codes == {ExitCode.PAUSED}:
-        return Ending(End.LEFT, "the workers left after a checkpoint, unasked")
+        return Ending(End.LEFT, "the workers left, not asked by the controller")
     last = max(unasked, key=lambda p: (p.ended_at or p.planned_at, p.worker))
     how = f"is gone: {last_words}" if last_words else exit_words(last.exit_code)
     return Ending(End.LOST, f"every worker is lost; the last one {how}")
@@ -163,11 +163,33 @@ def _by_code(code: int, detail: str, *, asked: bool) -> Ending:
     return Ending(kind, detail or f"the gang {words}")
 
 
-def _leaving(attempt: Attempt) -> str:
-    """What the workers that were asked to leave left behind."""
+def _leaving(attempt: Attempt, status: wire.Gang | None) -> str:
+    """What the workers that were asked to leave left behind, as far as anybody told."""
     for placement in attempt.placements:
         if placement.stop_at is not None and placement.exit_code not in _CLEAN:
             words = exit_words(placement.exit_code)
             return f"worker {placement.worker} {words}; the newest checkpoint counts"
     left = any(placement.exit_code == ExitCode.PAUSED for placement in attempt.placements)
-    return "left after a checkpoint" if left else "stopped before it began"
+    if not left:
+        return "stopped before it began"
+    killed = ", killed after the grace" if _was_killed(attempt, status) else ""
+    return f"left as asked{killed}{_kept_words(status)}"
+
+
+def _was_killed(attempt: Attempt, status: wire.Gang | None) -> bool:
+    """Before its ranks run, an attempt's newest generation is the one of the attempt before."""
+    if status is None or attempt.running_at is None:
+        return False
+    newest = (event for event in status.events if event.generation == status.generation)
+    return any(event.name == "grace_over" for event in newest)
+
+
+def _kept_words(status: wire.Gang | None) -> str:
+    """Known, not sure: a leader that did not get to its last word may have missed a commit."""
+    told = [e for e in status.events if e.name == "checkpoint"] if status else []
+    if status is None or status.step is None or not told:
+        return ""
+    kept = max((event.generation, event.step or 0) for event in told)[1]
+    if kept >= status.step:
+        return f"; newest checkpoint: step {kept}"
+    return f"; newest checkpoint known: step {kept}, the job was at step {status.step}"

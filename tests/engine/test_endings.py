@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from dataclasses import replace
 from datetime import UTC, datetime, timedelta
 
 import pytest
@@ -122,11 +123,11 @@ def test_budgets_are_added_up_when_an_attempt_ends() -> None:
 @pytest.mark.parametrize(
     ("attempt", "kind", "words"),
     [
-        (gone(75, 75, asked=True), End.STOPPED, "left after a checkpoint"),
-        (gone(75, 78, asked=True), End.STOPPED, "left after a checkpoint"),
+        (gone(75, 75, asked=True), End.STOPPED, "left as asked"),
+        (gone(75, 78, asked=True), End.STOPPED, "left as asked"),
         (gone(78, 78, asked=True), End.STOPPED, "stopped before it began"),
         (gone(75, 137, asked=True), End.STOPPED, "worker 1 was killed by signal 9"),
-        (gone(75, 75), End.LEFT, "unasked"),
+        (gone(75, 75), End.LEFT, "not asked by the controller"),
         (gone(137, None), End.LOST, "the platform names no exit code"),
         (gone(1, 1), End.LOST, "exited with 1"),
         (gone(76, 137), End.NO_GANG, "did not find each other"),
@@ -142,6 +143,41 @@ def test_exit_codes_tell_how_a_silent_gang_ended(attempt: Attempt, kind: End, wo
     ending = read_ending(attempt, None, asked=asked, preempted=False)
     assert ending.kind is kind
     assert words in ending.words
+
+
+KILLED = ("grace_over", 3, None)
+SAVED = ("checkpoint", 2, 6)
+BEHIND = "newest checkpoint known: step 6, the job was at step 10"
+
+
+@pytest.mark.parametrize(
+    ("told", "step", "ran", "words"),
+    [
+        ((), None, True, "left as asked"),
+        ((), 10, True, "left as asked"),
+        ((KILLED,), 10, True, "left as asked, killed after the grace"),
+        ((KILLED,), 10, False, "left as asked"),
+        ((("grace_over", 2, None),), 10, True, "left as asked"),
+        (
+            (("checkpoint", 1, 9), SAVED, KILLED),
+            10,
+            True,
+            f"left as asked, killed after the grace; {BEHIND}",
+        ),
+        ((SAVED,), 6, True, "left as asked; newest checkpoint: step 6"),
+    ],
+)
+def test_pause_without_a_last_word_claims_no_checkpoint(
+    told: tuple[tuple[str, int, int | None], ...], step: int | None, ran: bool, words: str
+) -> None:
+    """What a leader that did not get to its last word had told is all that is said."""
+    events = tuple(
+        wire.GangEvent(n, NOW.timestamp(), name, "", generation, step=at)
+        for n, (name, generation, at) in enumerate(told)
+    )
+    left = replace(status(GangPhase.FORMING), generation=3, step=step, events=events)
+    ending = read_ending(gone(75, 75, asked=True, ran=ran), left, asked=True, preempted=False)
+    assert (ending.kind, ending.words) == (End.STOPPED, words)
 
 
 def test_machines_that_were_taken_back_are_no_loss() -> None:

@@ -6,7 +6,7 @@ import doctest
 
 from dtp_trainer.checkpoints import grace
 from dtp_trainer.checkpoints.grace import too_short
-from dtp_trainer.gang.facts import absorb
+from dtp_trainer.gang.facts import absorb, grace_over
 from dtp_trainer.gang.state import Committed, Rules, State
 from dtp_trainer.wire import CheckpointEntry
 
@@ -47,3 +47,13 @@ def test_the_timeline_says_it_once() -> None:
     assert told[0].text == (
         "a checkpoint of 5.0 GiB takes about 41 s here, stop_grace is 30s: raise stop_grace to 60s"
     )
+
+
+def test_a_short_time_is_not_said_to_be_none() -> None:
+    """What takes less than a second has its digits, in both lines that tell of a short grace."""
+    said = too_short(entry(1, 0.229), 0.2)
+    assert said
+    assert "takes about 0.23 s here, stop_grace is 0.2s" in said
+    state = State(rules=Rules(1, 2, 0, 0, start_within_s=30.0, grace_s=0.2), me=0, since=0.0)
+    told = grace_over(state, 0.0).chronicle.events[-1].text
+    assert told.endswith("within the grace of 0.2 s")

@@ -260,7 +260,7 @@ class Exit(FlatRecord):
     worker: int
     code: int
     reason: str
-    """One line for people: "ValueError: …", "left after a checkpoint at step 120"."""
+    """One line for people: "ValueError: …", "left as asked; newest checkpoint: step 120"."""
 
 
 @dataclasses.dataclass(frozen=True, slots=True)

@@ -28,9 +28,17 @@ def too_short(entry: CheckpointEntry, grace_s: float) -> str | None:
     wanted = math.ceil(entry.seconds * _ROOM / RANKS_SHARE / _STEP_S) * _STEP_S
     more = f", or make it smaller: spot gives {MOST_S} s at most" if wanted > MOST_S else ""
     return (
-        f"a checkpoint of {size(entry.bytes)} takes about {entry.seconds:.0f} s here, stop_grace "
+        f"a checkpoint of {size(entry.bytes)} takes about {span(entry.seconds)} here, stop_grace "
         f"is {grace_s:g}s: raise stop_grace to {wanted}s{more}"
     )
+
+
+def span(seconds: float) -> str:
+    """
+    >>> span(0.229), span(3.0), span(41.4)
+    ('0.23 s', '3 s', '41 s')
+    """
+    return f"{seconds:.2g} s" if seconds < 10 else f"{seconds:.0f} s"
 
 
 def size(count: float) -> str:

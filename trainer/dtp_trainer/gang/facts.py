@@ -5,7 +5,7 @@ from __future__ import annotations
 from dataclasses import replace
 from typing import assert_never
 
-from dtp_trainer.checkpoints.grace import too_short
+from dtp_trainer.checkpoints.grace import span, too_short
 from dtp_trainer.gang import effort, progress, roster
 from dtp_trainer.gang.messages import Beat, Hello, Leaving, Port, RankExited, RanksGone
 from dtp_trainer.gang.roster import Peer
@@ -81,7 +81,7 @@ def grace_over(state: State, now: float) -> State:
     """Ranks are killed because they did not leave in time; told once a generation."""
     if state.chronicle.tells_of("grace_over"):
         return state
-    text = f"ranks were killed: they did not leave within the grace of {state.rules.grace_s:.0f} s"
+    text = f"ranks were killed: they did not leave within the grace of {span(state.rules.grace_s)}"
     return told(state, now, "grace_over", text)
 
 
