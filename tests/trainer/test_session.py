@@ -319,3 +319,15 @@ async def test_a_session_outside_dtp_trains_and_keeps_nothing(job: Job) -> None:
     assert len(job.notes()) == STEPS
     assert job.checkpoints() == []
     assert not list(job.folder.glob("steps*"))
+
+
+@pytest.mark.slow
+async def test_a_script_that_ends_right_after_its_last_step_ends(
+    tmp_path: Path, launcher: RankLauncher
+) -> None:
+    """Destroying the process group does not wait for a thread that waits for the interpreter."""
+    script = Path(__file__).parents[2] / "examples" / "upgrade" / "before.py"
+    job = Job(tmp_path / "brief", launcher, str(script))
+    for _ in range(12):
+        async with asyncio.timeout(30):
+            assert await job.run(2) == [0, 0]

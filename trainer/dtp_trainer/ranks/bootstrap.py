@@ -7,12 +7,14 @@ from __future__ import annotations
 
 import contextlib
 import ctypes
+import functools
 import json
 import os
 import resource
 import shutil
 import signal
 import sys
+import time
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, replace
 from pathlib import Path
@@ -24,6 +26,7 @@ from dtp_trainer.ranks import program
 _SET_DEATH_SIGNAL, _SET_NAME, _SET_SUBREAPER = 1, 15, 36  # linux/prctl.h
 _LIMITS = ("RLIMIT_NOFILE", "RLIMIT_CORE", "RLIMIT_STACK", "RLIMIT_MEMLOCK", "RLIMIT_AS")
 _NOT_FOUND, _NOT_EXECUTABLE = 127, 126  # a shell's exit codes
+_FAREWELL_S = 0.1
 
 _libc = ctypes.CDLL(None, use_errno=True)
 
@@ -162,6 +165,7 @@ def _run(found: program.Program, birth: Birth, path: tuple[str, ...]) -> NoRetur
         signal.signal(number, handler)  # as Python itself does when it starts
     program.prepare(found, birth.order.argv, path)
     groups = _watch_groups(birth.report)
+    _ease_farewells()
     ending = program.run(found)
     _report(birth.report, formed_group=groups(), error=ending.error)
     if ending.code < 0:
@@ -209,6 +213,27 @@ def _watch_groups(report: int) -> Any:
 
     vars(c10d)["_update_default_pg"] = update
     return lambda: bool(formed)
+
+
+def _ease_farewells() -> None:
+    """Give the threads of a process group a moment before it is destroyed.
+
+    torch 2.13 waits for gloo's threads with the interpreter locked. One of them that needs the lock
+    then, to drop what the last backward pass left to it, waits for ever: on a busy machine in every
+    fifth script that destroys its group right after training.
+    """
+    c10d = sys.modules.get("torch.distributed.distributed_c10d")
+    inner = getattr(c10d, "destroy_process_group", None)
+    if c10d is None or inner is None:
+        return
+
+    @functools.wraps(inner)
+    def destroy_process_group(*args: Any, **options: Any) -> None:
+        time.sleep(_FAREWELL_S)
+        inner(*args, **options)
+
+    for module in (c10d, sys.modules["torch.distributed"]):
+        vars(module)["destroy_process_group"] = destroy_process_group
 
 
 def _late_look() -> bool | None:
