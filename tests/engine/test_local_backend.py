@@ -74,7 +74,7 @@ async def test_launch_repeated_after_a_crash_is_one_worker(local: Local) -> None
     await local.backend.launch(local.plan(env={"SLOW": "1"}))
     folder.spawned.unlink()
     await local.backend.launch(local.plan(env={"SLOW": "1"}))
-    assert len(local.processes()) == 2
+    await local.until(ONE, lambda _: len(local.processes()) == 2)
     (folder.path / "go").touch()
     await local.until_running(ONE)
     await local.until(ONE, lambda _: len(local.processes()) == 1)

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import contextlib
 import itertools
 import os
 import signal
@@ -74,9 +75,11 @@ def curves(job: Job, run: str = "job") -> Any:
 
 
 def side_process(worker: Worker) -> psutil.Process | None:
-    children = psutil.Process(worker.process.pid).children()
-    found = [p for p in children if "dtp_trainer.trackers" in " ".join(p.cmdline())]
-    return found[0] if found else None
+    for child in psutil.Process(worker.process.pid).children():
+        with contextlib.suppress(psutil.Error):  # one that just ended
+            if "dtp_trainer.trackers" in " ".join(child.cmdline()):
+                return child
+    return None
 
 
 def grows(steps: list[float]) -> bool:
